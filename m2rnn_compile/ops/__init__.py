@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ops are: schemas, validation, fakes, autograd, and the eager equations. Imports torch only."""
+
+from .functional import M2RNNOutput, M2RNNStepOutput, explain_impl, m2rnn, m2rnn_step
+from .registry import ImplChoice
+
+__all__ = ["ImplChoice", "M2RNNOutput", "M2RNNStepOutput", "explain_impl", "m2rnn", "m2rnn_step"]

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place where user input is checked. Kernels below it assume validated input.
+
+Everything here looks at metadata only (shape, dtype, device), so it runs under `torch.compile` and on fake tensors.
+The *values* of `cu_seqlens` are checked by `check_cu_seqlens_values`, which the op calls when it really runs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class ScanShape(NamedTuple):
+    """Sizes of one scan. `S` is the number of states: sequences when packed, else `B`."""
+
+    B: int
+    T: int
+    N: int
+    K: int
+    V: int
+    S: int
+
+
+def state_dtype(v: Tensor) -> torch.dtype:
+    """The dtype that the state is carried and returned in: fp32, or fp64 for fp64 inputs."""
+    return torch.float64 if v.dtype == torch.float64 else torch.float32
+
+
+def num_checkpoints(B: int, T: int, S: int, chunk: int, packed: bool) -> int:
+    """Slots in the checkpoint tensor; see docs/design.md for which chunk sits where."""
+    if chunk == 0:
+        return 0
+    return T // chunk + S if packed else (T + chunk - 1) // chunk
+
+
+def _is_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"m2rnn: `{name}` must be a torch.Tensor, got {type(x).__name__}")
+
+
+def _has_shape(name: str, x: Tensor, names: tuple[str, ...], fixed: dict[str, int]) -> None:
+    """`x` has the dimensions called `names`; those found in `fixed` must have that size."""
+    spec = "[" + ", ".join(names) + "]"
+    if x.dim() != len(names):
+        raise ValueError(f"m2rnn: `{name}` must have {len(names)} dimensions {spec}, got shape {tuple(x.shape)}")
+    for axis, dim in enumerate(names):
+        if dim in fixed and x.shape[axis] != fixed[dim]:
+            raise ValueError(
+                f"m2rnn: `{name}` must have shape {spec} with {dim} = {fixed[dim]} (set by the other inputs), "
+                f"got shape {tuple(x.shape)}: dimension {axis} is {x.shape[axis]}"
+            )
+
+
+def _num_heads(heads: dict[str, int]) -> int:
+    N = max(heads.values())
+    for name, n in heads.items():
+        if n == 0 or N % n != 0:
+            listed = ", ".join(f"{k} has {v}" for k, v in heads.items())
+            raise ValueError(
+                f"m2rnn: the head count of `{name}` ({n}) must divide the largest head count ({N}); got {listed}. "
+                "Heads are shared by divisibility: head n of the result reads head n // (N / N_x) of input x."
+            )
+    return N
+
+
+def _dtypes_and_devices(q: Tensor, k: Tensor, v: Tensor, others: dict[str, Tensor | None]) -> None:
+    if not (q.dtype == k.dtype == v.dtype):
+        raise TypeError(
+            f"m2rnn: `q`, `k` and `v` must share one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; "
+            "cast them with .to(dtype), or run under torch.autocast, which does"
+        )
+    if v.dtype not in INPUT_DTYPES:
+        raise TypeError(
+            f"m2rnn: `q`, `k` and `v` must be float32, float64, bfloat16 or float16, got {v.dtype}; cast them with .to()"
+        )
+    for name, x in others.items():
+        if x is not None and x.dtype not in INPUT_DTYPES:
+            raise TypeError(
+                f"m2rnn: `{name}` must be float32, float64, bfloat16 or float16, got {x.dtype}; cast it with .to()"
+            )
+    for name, x in {"k": k, "v": v, **others}.items():
+        if x is not None and x.device != q.device:
+            raise ValueError(
+                f"m2rnn: all tensors must be on one device, got `q` on {q.device} and `{name}` on {x.device}; "
+                f"move it with .to({str(q.device)!r})"
+            )
+
+
+def check_clip(state_grad_clip: float | None) -> None:
+    if state_grad_clip is None:
+        return
+    if isinstance(state_grad_clip, bool) or not isinstance(state_grad_clip, (int, float)):
+        raise TypeError(
+            f"m2rnn: `state_grad_clip` must be a float or None, got {type(state_grad_clip).__name__}"
+        )
+    if math.isnan(state_grad_clip) or state_grad_clip < 0:
+        raise ValueError(
+            f"m2rnn: `state_grad_clip` must be >= 0, got {state_grad_clip}; use None for no clipping"
+        )
+
+
+def check_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    f: Tensor,
+    W: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state_grad_clip: float | None,
+) -> ScanShape:
+    """Check everything that metadata can tell about one scan and return its sizes.
+
+    Raises:
+        TypeError: not a tensor, or a dtype that is not supported.
+        ValueError: a shape, head count, device or option that does not fit.
+    """
+    for name, x in {"q": q, "k": k, "v": v, "f": f, "W": W}.items():
+        _is_tensor(name, x)
+    _has_shape("q", q, ("B", "T", "Nq", "K"), {})
+    B, T, K = q.shape[0], q.shape[1], q.shape[3]
+    _has_shape("k", k, ("B", "T", "Nk", "K"), {"B": B, "T": T, "K": K})
+    _has_shape("v", v, ("B", "T", "Nv", "V"), {"B": B, "T": T})
+    _has_shape("f", f, ("B", "T", "Nf"), {"B": B, "T": T})
+    V = v.shape[3]
+    _has_shape("W", W, ("Nw", "V", "V"), {"V": V})
+    if K == 0 or V == 0:
+        raise ValueError(f"m2rnn: K and V must be at least 1, got K = {K} (last dimension of q) and V = {V} (of v)")
+    N = _num_heads({"q": q.shape[2], "k": k.shape[2], "v": v.shape[2], "f": f.shape[2], "W": W.shape[0]})
+    if initial_state is not None:
+        _is_tensor("initial_state", initial_state)
+    _dtypes_and_devices(q, k, v, {"f": f, "W": W, "initial_state": initial_state})
+    check_clip(state_grad_clip)
+
+    S = B
+    if cu_seqlens is not None:
+        _is_tensor("cu_seqlens", cu_seqlens)
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"m2rnn: `cu_seqlens` must be int32 or int64, got {cu_seqlens.dtype}; cast it with .to()")
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+            raise ValueError(
+                "m2rnn: `cu_seqlens` must be one-dimensional [S + 1] with at least one sequence, "
+                f"got shape {tuple(cu_seqlens.shape)}"
+            )
+        if cu_seqlens.device != q.device:
+            raise ValueError(
+                f"m2rnn: `cu_seqlens` must be on the inputs' device {q.device}, got {cu_seqlens.device}; "
+                f"move it with .to({str(q.device)!r})"
+            )
+        if B != 1:
+            raise ValueError(
+                f"m2rnn: with `cu_seqlens` the sequences are packed along time and B must be 1, got B = {B}; "
+                "reshape [B, T, ...] to [1, B * T, ...]"
+            )
+        S = cu_seqlens.shape[0] - 1
+    if initial_state is not None:
+        lead = "S" if cu_seqlens is not None else "B"
+        _has_shape("initial_state", initial_state, (lead, "N", "K", "V"), {lead: S, "N": N, "K": K, "V": V})
+    return ScanShape(B, T, N, K, V, S)
+
+
+def check_step(q: Tensor, k: Tensor, v: Tensor, f: Tensor, W: Tensor, initial_state: Tensor) -> ScanShape:
+    """The same for one decoding step, whose inputs have no time dimension."""
+    for name, x in {"q": q, "k": k, "v": v, "f": f, "W": W, "initial_state": initial_state}.items():
+        _is_tensor(name, x)
+    _has_shape("q", q, ("B", "Nq", "K"), {})
+    B, K = q.shape[0], q.shape[2]
+    _has_shape("k", k, ("B", "Nk", "K"), {"B": B, "K": K})
+    _has_shape("v", v, ("B", "Nv", "V"), {"B": B})
+    _has_shape("f", f, ("B", "Nf"), {"B": B})
+    V = v.shape[2]
+    _has_shape("W", W, ("Nw", "V", "V"), {"V": V})
+    if K == 0 or V == 0:
+        raise ValueError(f"m2rnn: K and V must be at least 1, got K = {K} (last dimension of q) and V = {V} (of v)")
+    N = _num_heads({"q": q.shape[1], "k": k.shape[1], "v": v.shape[1], "f": f.shape[1], "W": W.shape[0]})
+    _has_shape("initial_state", initial_state, ("B", "N", "K", "V"), {"B": B, "N": N, "K": K, "V": V})
+    _dtypes_and_devices(q, k, v, {"f": f, "W": W, "initial_state": initial_state})
+    return ScanShape(B, 1, N, K, V, B)
+
+
+def check_cu_seqlens_values(cu_seqlens: Tensor, T: int) -> list[int]:
+    """The boundaries as a list, after checking that they run from 0 to `T` without going back.
+
+    Reads the tensor, so on a GPU it waits for the device.
+    """
+    bounds: list[int] = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != T:
+        raise ValueError(
+            f"m2rnn: `cu_seqlens` must run from 0 to T = {T}, got first = {bounds[0]}, last = {bounds[-1]}"
+        )
+    for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if b < a:
+            raise ValueError(
+                f"m2rnn: `cu_seqlens` must not decrease, got cu_seqlens[{i}] = {a} and cu_seqlens[{i + 1}] = {b}"
+            )
+    return bounds

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The interface that every sequence mixer (M²RNN, attention, and those that join later) offers to a block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# A mixer's decode cache: a NamedTuple of tensors whose first dimension is the batch (packed: the sequence). Being a
+# plain tuple of tensors it passes through torch.compile, torch.export and tree_map as it is.
+Cache = Any
+
+
+class SequenceMixer(nn.Module):
+    """Sequence in, sequence out, with an optional functional cache; packed or left-padded.
+
+    ``forward(x, *, cache=None, cu_seqlens=None, attention_mask=None)``:
+
+    - ``x [B, T, D]`` gives ``y [B, T, D]``; with a ``cache`` it gives ``(y, new_cache)``. The cache that was passed in is
+      never modified, so it can be kept, branched (`select_rows`) or replayed.
+    - ``cu_seqlens [S + 1]`` (int32 or int64, from 0 to T, B = 1): S sequences packed along time that do not see each other.
+    - ``attention_mask [B, T]`` (bool, or 0/1): False marks padding on the *left* of the tokens of this call.
+    """
+
+    def init_cache(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Cache:
+        """An empty cache for `batch_size` sequences, in `dtype` (default: the parameters'), on `device`."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        cache: Cache | None = None,
+        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Cache]:
+        raise NotImplementedError
+
+
+def check_layout(owner: str, x: Tensor, width: int, cu_seqlens: Tensor | None, attention_mask: Tensor | None) -> None:
+    """Check the arguments that all mixers share. Looks at metadata only, so it runs under `torch.compile`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was got, what was expected and the way out.
+    """
+    if x.dim() != 3 or x.shape[2] != width:
+        raise ValueError(f"{owner}: `x` must have shape [B, T, {width}], got {tuple(x.shape)}")
+    if cu_seqlens is not None:
+        if attention_mask is not None:
+            raise ValueError(
+                f"{owner}: give either `cu_seqlens` (packed) or `attention_mask` (left-padded), got both; "
+                "packed sequences need no padding"
+            )
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{owner}: `cu_seqlens` must be int32 or int64, got {cu_seqlens.dtype}; cast it with .to()")
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+            raise ValueError(f"{owner}: `cu_seqlens` must have shape [S + 1], S >= 1, got {tuple(cu_seqlens.shape)}")
+        if x.shape[0] != 1:
+            raise ValueError(
+                f"{owner}: with `cu_seqlens` the batch must be 1, got `x` of shape {tuple(x.shape)}; "
+                "flatten the batch into time: x.reshape(1, B * T, D)"
+            )
+    if attention_mask is not None and attention_mask.shape != x.shape[:2]:
+        raise ValueError(
+            f"{owner}: `attention_mask` must have shape [B, T] = {tuple(x.shape[:2])}, got {tuple(attention_mask.shape)}; "
+            "it covers the tokens of this call only, not those already in the cache"
+        )
+
+
+def select_rows(cache: Cache, rows: Tensor) -> Cache:
+    """Reorder, repeat or drop batch rows of a cache (or any nest of caches): beam search, finished requests.
+
+    Args:
+        cache: a mixer's cache, or a model's tuple of them.
+        rows: int64 indices of the rows to keep, in their new order.
+    """
+    return torch.utils._pytree.tree_map_only(Tensor, lambda x: x.index_select(0, rows), cache)
+
+
+def sequence_ids(cu_seqlens: Tensor, T: int) -> Tensor:
+    """Which packed sequence each of the T steps belongs to, ``[T]`` int64; zero-length sequences own no step."""
+    steps = torch.arange(T, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), steps, right=True)
+
+
+def positions_in_sequence(cu_seqlens: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """(position of each of the T steps inside its sequence, id of its sequence), both ``[T]`` int64."""
+    ids = sequence_ids(cu_seqlens, T)
+    return torch.arange(T, device=cu_seqlens.device) - cu_seqlens.to(torch.int64)[ids], ids

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The measuring loop, on a clock that is told the time: nothing here depends on how fast the machine is."""
+
+import pytest
+
+from bench.timing import Timing, measure_interleaved, planned_runs
+
+
+class FakeClock:
+    """Every function "takes" what it returns."""
+
+    def measure(self, fn):
+        return fn()
+
+
+def test_medians_minima_and_maxima():
+    timing = Timing((5.0, 1.0, 3.0))
+    assert (timing.median_ms, timing.min_ms, timing.max_ms) == (3.0, 1.0, 5.0)
+
+
+def test_every_variant_runs_as_often_as_asked_and_warmups_do_not_count():
+    times = iter([1000.0, 50.0, 1.0, 2.0, 3.0])
+    timings = measure_interleaved({"a": lambda i: next(times)}, FakeClock(), runs=3, warmup=2)
+    assert timings["a"].samples_ms == (1.0, 2.0, 3.0)
+
+
+def test_rounds_interleave_and_rotate():
+    order = []
+    variants = {name: (lambda i, name=name: order.append(name) or 1.0) for name in "abc"}
+    measure_interleaved(variants, FakeClock(), runs=3, warmup=1)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
+
+
+def test_buffers_are_numbered_without_gaps():
+    seen = []
+    measure_interleaved({"a": lambda i: seen.append(i) or 1.0}, FakeClock(), runs=4, warmup=2)
+    assert seen == list(range(6))
+
+
+def test_slow_variants_run_less_often_but_spread_over_the_rounds():
+    order = []
+    variants = {
+        "fast": lambda i: order.append("f") or 1.0,
+        "slow": lambda i: order.append("s") or 10_000.0,
+    }
+    timings = measure_interleaved(variants, FakeClock(), runs=9, min_runs=3, budget_s=10, warmup=1)
+    assert len(timings["fast"].samples_ms) == 9
+    assert len(timings["slow"].samples_ms) == 3
+    rounds = "".join(order)[2:]
+    assert [len(part) for part in rounds.split("s")[:3]] == pytest.approx([3, 3, 3], abs=1)
+
+
+@pytest.mark.parametrize(
+    "cost_ms, expected", [(1.0, 20), (1000.0, 20), (5000.0, 6), (60_000.0, 3), (0.0, 20)]
+)
+def test_the_budget_limits_runs(cost_ms, expected):
+    assert planned_runs(cost_ms, runs=20, min_runs=3, budget_s=30) == expected
+
+
+def test_fewer_runs_than_the_minimum_may_be_asked_for():
+    assert planned_runs(1.0, runs=1, min_runs=3, budget_s=30) == 1
+
+
+def test_progress_reaches_the_end():
+    told = []
+    variants = {"a": lambda i: 1.0, "b": lambda i: 1.0}
+    measure_interleaved(variants, FakeClock(), runs=2, warmup=1, on_run=lambda *news: told.append(news[1:]))
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert measure_interleaved({}, FakeClock()) == {}
+
+
+def test_nonsense_is_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        measure_interleaved({"a": lambda i: 1.0}, FakeClock(), runs=0)

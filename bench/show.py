@@ -124,7 +124,7 @@ def test_tables(record: dict[str, Any]) -> list[Table]:
     for row in record["rows"]:
         counts[row["outcome"]] = counts.get(row["outcome"], 0) + 1
     title = "GPU tests: " + (", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items())) or "none ran")
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", min_width=70)
     table.add_column("test")
     table.add_column("outcome")
     table.add_column("why")

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scan on a GPU, in Triton. Functions as `ops/registry.py` asks for them; inputs are validated already."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...ops.validation import num_checkpoints
+from .backward import scan_backward_kernel
+from .config import LaunchConfig, backward_config, forward_config, next_power_of_2
+from .forward import scan_forward_kernel
+from .reduce import reduce_kernel
+
+INTERPRETED = triton.knobs.runtime.interpret
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+MAX_V = 128
+# Backward's partials of one window of time; small enough to stay in a 50 MB L2, large enough for few launches.
+WINDOW_BYTES = 128 * 2**20
+
+
+def availability() -> str | None:
+    """Importing this module needed Triton; whether there is a GPU, the tensors' device says."""
+    return None
+
+
+def unsupported(
+    q: Tensor, k: Tensor, v: Tensor, f: Tensor, W: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> str | None:
+    if v.dtype not in DTYPES:
+        return f"impl='triton' takes float32, bfloat16 and float16, not {v.dtype}"
+    if v.shape[-1] > MAX_V:
+        return f"impl='triton' holds W in registers and takes V up to {MAX_V}, got V = {v.shape[-1]}"
+    return None
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+def _numerics(v: Tensor, hardware_tanh: bool | None) -> dict[str, Any]:
+    """Operand dtype of the products, and which tanh: the hardware's for 16-bit inputs, the exact one for fp32."""
+    hardware = v.dtype != torch.float32 if hardware_tanh is None else hardware_tanh
+    # The interpreter computes bf16 products wrongly without a word, and has no inline PTX.
+    return dict(DOT=tl.float32 if INTERPRETED else DTYPES[v.dtype], HARDWARE=hardware and not INTERPRETED)
+
+
+def _groups(N: int, q: Tensor, k: Tensor, v: Tensor, f: Tensor, W: Tensor) -> dict[str, int]:
+    return dict(
+        Gq=N // q.shape[2], Gk=N // k.shape[2], Gv=N // v.shape[2], Gf=N // f.shape[2], Gw=N // W.shape[0]
+    )
+
+
+def scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    f: Tensor,
+    W: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state_grad_clip: float | None,
+    chunk: int,
+    *,
+    config: LaunchConfig | None = None,
+    hardware_tanh: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, final state, checkpoints); see docs/design.md. `config` and `hardware_tanh` are for tuning and tests."""
+    B, T, _, K = q.shape
+    V = v.shape[3]
+    N = max(q.shape[2], k.shape[2], v.shape[2], f.shape[2], W.shape[0])
+    packed = cu_seqlens is not None
+    S = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else B
+    NC = num_checkpoints(B, T, S, chunk, packed)
+    BV = max(16, next_power_of_2(V))
+    config = config or forward_config(S * N, K, BV, _multiprocessors(q.device))
+    blocks = triton.cdiv(K, config.rows)
+
+    y = v.new_empty(B, T, N, V)
+    y_part = y if blocks == 1 else v.new_empty(blocks, B, T, N, V, dtype=torch.float32)
+    final = v.new_empty(S, N, K, V, dtype=torch.float32)
+    checkpoints = v.new_empty(B, NC, N, K, V, dtype=torch.float32)
+    if S * N == 0:
+        return y, final, checkpoints
+    h0 = None if initial_state is None else initial_state.to(torch.float32).contiguous()
+    W = W.contiguous()
+    with _on_device(q):
+        scan_forward_kernel[(S * N, blocks)](
+            q, k, v, f, W, h0 if h0 is not None else W, cu_seqlens if cu_seqlens is not None else W,
+            y_part, final, checkpoints,
+            T, NC, *q.stride(), *k.stride(), *v.stride(), *f.stride(), y_part.stride(0) if blocks > 1 else 0,
+            N=N, K=K, V=V, **_groups(N, q, k, v, f, W), BK=config.rows, BV=BV, C=max(chunk, 1),
+            PACKED=packed, HAS_H0=h0 is not None, SAVE=chunk > 0, **_numerics(v, hardware_tanh),
+            num_warps=config.warps,
+        )  # fmt: skip
+        if blocks > 1:
+            _reduce(y_part, y, 1, blocks, T, 0)
+    return y, final, checkpoints
+
+
+def _reduce(part: Tensor, out: Tensor, G: int, blocks: int, window: int, t_first: int) -> None:
+    """out[:, t_first : t_first + window] = sum of part [blocks, B, window, heads · G, D] over blocks and G."""
+    B, T, heads = out.shape[:3]
+    D = out.shape[3] if out.dim() == 4 else 1
+    rows = B * window * heads
+    if rows == 0:
+        return
+    BD = next_power_of_2(D)
+    BR = max(1, 1024 // BD)
+    reduce_kernel[(triton.cdiv(rows, BR),)](
+        part, out, rows, window * heads, heads, T, t_first, blocks, part.stride(0) if blocks > 1 else 0,
+        G=G, D=D, BR=BR, BD=BD, num_warps=4,
+    )  # fmt: skip
+
+
+def scan_backward(
+    dy: Tensor | None,
+    dfinal_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    f: Tensor,
+    W: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    checkpoints: Tensor,
+    state_grad_clip: float | None,
+    chunk: int,
+    *,
+    config: LaunchConfig | None = None,
+    hardware_tanh: bool | None = None,
+    window_bytes: int = WINDOW_BYTES,
+    scratch_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of everything, window of time by window; see docs/design.md and `backward.py`."""
+    B, T, _, K = q.shape
+    V = v.shape[3]
+    N = max(q.shape[2], k.shape[2], v.shape[2], f.shape[2], W.shape[0])
+    packed = cu_seqlens is not None
+    S = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else B
+    BV = max(16, next_power_of_2(V))
+    config = config or backward_config(S * N, K, BV, _multiprocessors(q.device))
+    blocks = triton.cdiv(K, config.rows)
+    groups = _groups(N, q, k, v, f, W)
+
+    dq, dk, dv, df = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, f))
+    carry = v.new_zeros(S, N, K, V, dtype=torch.float32)
+    if dfinal_state is not None:
+        carry.copy_(dfinal_state)
+    dW_part = v.new_zeros(S, N, blocks, V, V, dtype=torch.float32)
+    if S * N == 0 or T == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_(), df.zero_(), torch.zeros_like(W).contiguous(), carry
+
+    group_rows = triton.cdiv(chunk, 4)
+    scratch = v.new_empty(S * N * blocks, group_rows, config.rows, BV, dtype=scratch_dtype or torch.float32)
+    per_chunk = 4 * chunk * B * N * (2 * K + blocks * (V + 1))
+    chunks = triton.cdiv(T, chunk)
+    step = chunks if packed else min(chunks, max(1, window_bytes // max(1, per_chunk)))
+    W_ = W.contiguous()
+    clips = state_grad_clip is not None and state_grad_clip != float("inf")
+    width = T if packed else min(T, step * chunk)
+    parts = {
+        "q": v.new_empty(B * width * N * K, dtype=torch.float32),
+        "k": v.new_empty(B * width * N * K, dtype=torch.float32),
+        "v": v.new_empty(blocks * B * width * N * V, dtype=torch.float32),
+        "f": v.new_empty(blocks * B * width * N, dtype=torch.float32),
+    }
+    with _on_device(q):
+        for last in range(chunks, 0, -step):
+            first = max(0, last - step)
+            t_first = 0 if packed else first * chunk
+            window = T if packed else min(T, last * chunk) - t_first
+            p_q = parts["q"][: B * window * N * K].view(1, B, window, N, K)
+            p_k = parts["k"][: B * window * N * K].view(1, B, window, N, K)
+            p_v = parts["v"][: blocks * B * window * N * V].view(blocks, B, window, N, V)
+            p_f = parts["f"][: blocks * B * window * N].view(blocks, B, window, N)
+            scan_backward_kernel[(S * N, blocks)](
+                q, k, v, f, W_, dy if dy is not None else q, cu_seqlens if cu_seqlens is not None else W_,
+                checkpoints, carry, dW_part, scratch, p_q, p_k, p_v, p_f,
+                T, checkpoints.shape[1], first, last, window, float(state_grad_clip or 0.0),
+                *q.stride(), *k.stride(), *v.stride(), *f.stride(),
+                *(dy.stride() if dy is not None else (0, 0, 0, 0)),
+                p_v.stride(0), p_f.stride(0),
+                N=N, K=K, V=V, **groups, BK=config.rows, BV=BV, C=chunk,
+                PACKED=packed, HAS_DY=dy is not None, CLIP=clips, **_numerics(v, hardware_tanh),
+                num_warps=config.warps,
+            )  # fmt: skip
+            if dy is None:
+                p_q.zero_()
+            _reduce(p_q, dq, groups["Gq"], 1, window, t_first)
+            _reduce(p_k, dk, groups["Gk"], 1, window, t_first)
+            _reduce(p_v, dv, groups["Gv"], blocks, window, t_first)
+            _reduce(p_f, df, groups["Gf"], blocks, window, t_first)
+    dW = dW_part.sum((0, 2)).unflatten(0, (W.shape[0], groups["Gw"])).sum(1).to(W.dtype)
+    return dq, dk, dv, df, dW, carry
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, f: Tensor, W: Tensor, initial_state: Tensor) -> tuple[Tensor, Tensor]:
+    """One decoding step: the forward kernel with T = 1."""
+    q, k, v, f = (x.unsqueeze(1) for x in (q, k, v, f))
+    y, final, _ = scan(q, k, v, f, W, initial_state, None, None, 0)
+    return y.squeeze(1), final

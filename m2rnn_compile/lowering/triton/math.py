@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device functions that the kernels share: tanh in two accuracies, the product in the dtype asked for, one step."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh_exact(x):
+    """tanh to a few ulp of fp32: (1 - e) / (1 + e) with e = exp(-2|x|), and its odd series where that cancels."""
+    a = tl.abs(x)
+    e = tl.exp(-2.0 * a)
+    big = (1.0 - e) / (1.0 + e)
+    s = x * x
+    small = a * (1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835)))))
+    r = tl.where(a < 0.25, small, big)
+    return tl.where(x < 0, -r, r)
+
+
+@triton.jit
+def tanh_hardware(x):
+    """The special-function unit's tanh: one instruction, absolute error up to 2^-11 (PTX ISA, tanh.approx.f32)."""
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def tanh(x, HARDWARE: tl.constexpr):
+    if HARDWARE:
+        return tanh_hardware(x)
+    else:
+        return tanh_exact(x)
+
+
+@triton.jit
+def product(a, b, acc, DOT: tl.constexpr):
+    """acc + a b with operands rounded to DOT and fp32 accumulation; fp32 operands are never rounded to TF32."""
+    return tl.dot(a.to(DOT), b, acc=acc, input_precision="ieee")
+
+
+@triton.jit
+def step(h, k, v, f, W, DOT: tl.constexpr, HARDWARE: tl.constexpr):
+    """(H_t, Z_t) from H_{t-1}. The outer product seeds the accumulator, so it costs the chain of steps no latency."""
+    z = tanh(product(h, W, k[:, None] * v[None, :], DOT), HARDWARE)
+    return z + f * (h - z), z

@@ -116,8 +116,9 @@ def _copies(inputs: ScanInputs, device: torch.device) -> list[ScanInputs]:
     count = rotations(sum(x.nbytes for x in tensors), l2)
 
     def clone() -> ScanInputs:
-        fields = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
-        return ScanInputs(**{n: x.clone() if isinstance(x, Tensor) else x for n, x in fields.items()})
+        fields: dict[str, Any] = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
+        fields = {n: x.clone() if isinstance(x, Tensor) else x for n, x in fields.items()}
+        return ScanInputs(**fields)
 
     return [inputs, *(clone() for _ in range(count - 1))]
 
@@ -157,7 +158,7 @@ def _measure_pass(
     )
     known = floors.find_device(torch.cuda.get_device_name(config.device)) if config.device.type == "cuda" else None
     floor = floors.floor_of_pass(shape, impls.dtype_name(dtype), which, known)
-    common = {
+    common: dict[str, Any] = {
         "shape": shape.as_dict(),
         "dtype": impls.dtype_name(dtype),
         "pass": which,

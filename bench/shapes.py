@@ -42,7 +42,7 @@ class Shape:
         unusual = "".join(f" {field}{heads[field]}" for field in heads if heads[field] != usual[field])
         return f"B{self.B} T{self.T} N{self.N} K{self.K} V{self.V}{unusual}"
 
-    def make_inputs_arguments(self) -> dict[str, int]:
+    def make_inputs_arguments(self) -> dict[str, Any]:
         """Keyword arguments for `m2rnn_compile.testing.make_inputs`."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "name"}
 

@@ -200,7 +200,8 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     ) as progress:
         task = progress.add_task("inputs", total=None)
         rows = work(lambda what, done, total: progress.update(task, description=what, completed=done, total=total))
-    extra = {"xma_sha256": impls.fingerprint(args.xma)} if args.xma else {}
+    ran_xma = any(row["impl"] == "xma" for row in rows)
+    extra = {"xma_sha256": impls.fingerprint(args.xma)} if ran_xma else {}
     made = record.make_record(args.command, argv, rows, commit=args.commit, **extra)
     path = record.write(made, args.out)
     if args.json:

@@ -77,6 +77,8 @@ def fingerprint(checkout: str) -> str:
 def why_unavailable(name: str, inputs: ScanInputs, xma: str | None) -> str | None:
     """The reason why `name` cannot run on these inputs, or None."""
     if name == "xma":
+        if inputs.q.device.type != "cuda":  # it would launch Triton kernels on CPU tensors
+            return "upstream's kernel runs on CUDA tensors only"
         return "give the path of a checkout with --xma" if xma is None else None
     if name not in OURS:
         return "there is no such implementation"
@@ -104,17 +106,14 @@ def resolve(names: Sequence[str] | None, inputs: ScanInputs, xma: str | None) ->
     """
     reasons = {name: why_unavailable(name, inputs, xma) for name in NAMES}
     if names is None:
-        usual = ("triton", "xma") if inputs.q.device.type == "cuda" else ("reference", "eager", "cpp", "xma")
+        usual = ("triton", "xma") if inputs.q.device.type == "cuda" else ("reference", "eager", "cpp")
         names = [name for name in usual if reasons[name] is None]
     bad = [name for name in names if reasons.get(name, "unknown") is not None]
     if bad or not names:
         lines = (f"  {name:<10} {reason or 'available'}" for name, reason in reasons.items())
         what = f"--impl {', '.join(map(repr, bad))} cannot run here" if bad else "no implementation can run here"
         raise ValueError(f"{what}; implementations on {inputs.q.device}:\n" + "\n".join(lines))
-    scans: dict[str, Scan] = {}
-    for name in names:
-        scans[name] = load_xma(str(xma)) if name == "xma" else functools.partial(m2rnn, impl=name)
-    return scans
+    return {name: load_xma(str(xma)) if name == "xma" else functools.partial(m2rnn, impl=name) for name in names}
 
 
 def parse_dtype(text: str) -> torch.dtype:

@@ -3,11 +3,12 @@
 
 import json
 import re
+import sys
 
 import pytest
 from rich.console import Console
 
-from bench import check, cli, record, show
+from bench import check, cli, impls, record, show
 from bench.shapes import parse_shape
 from m2rnn_compile import m2rnn
 from m2rnn_compile.testing import make_inputs, oracle, run_low_precision
@@ -21,8 +22,7 @@ SMALL = ["--shape", "B1,T5,N2,K3,V4", "--device", "cpu"]
         (["op", "--shape", "Z"], "expected a preset"),
         (["op", *SMALL, "--impl", "cuda-c"], "there is no|unknown|cannot run here"),
         (["op", *SMALL, "--impl", "triton"], "runs on cuda tensors"),
-        (["op", *SMALL, "--impl", "xma"], "--xma"),
-        (["op", *SMALL, "--xma", "/nonexistent", "--impl", "xma"], "give the root of a checkout"),
+        (["op", *SMALL, "--impl", "xma"], "CUDA tensors only"),
         (["op", *SMALL, "--impl", "eager", "--baseline", "cpp"], "not among the implementations"),
         (["op", *SMALL, "--pass", "sideways"], "sideways: unknown"),
         (["op", *SMALL, "--dtype", "int8"], "'int8' is unknown"),
@@ -42,6 +42,20 @@ def test_bad_arguments_exit_with_2_and_say_why(argv, message, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert re.search(message, captured.err), captured.err
+
+
+def test_a_wrong_checkout_of_upstream_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="give the root of a checkout"):
+        impls.load_xma(str(tmp_path))
+    broken = tmp_path / "xma/layers/m2rnn/op.py"
+    broken.parent.mkdir(parents=True)
+    for folder in (tmp_path / "xma", tmp_path / "xma/layers", broken.parent):
+        (folder / "__init__.py").write_text("")
+    broken.write_text("import nothing_of_that_name")
+    with pytest.raises(ValueError, match="ModuleNotFoundError: No module named 'nothing_of_that_name'"):
+        impls.load_xma(str(tmp_path))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "xma"]:
+        del sys.modules[name]
 
 
 def test_an_impossible_implementation_lists_all_with_reasons(capsys):

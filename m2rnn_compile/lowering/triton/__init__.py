@@ -15,6 +15,7 @@ from ...ops.validation import num_checkpoints
 from .backward import scan_backward_kernel
 from .config import LaunchConfig, backward_config, forward_config, next_power_of_2
 from .forward import scan_forward_kernel
+from .gluon import forward_gluon_kernel, gluon_unsupported
 from .reduce import reduce_kernel
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -74,8 +75,9 @@ def scan(
     *,
     config: LaunchConfig | None = None,
     hardware_tanh: bool | None = None,
+    gluon: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, final state, checkpoints); see docs/design.md. `config` and `hardware_tanh` are for tuning and tests."""
+    """(y, final state, checkpoints); see docs/design.md. `config`, `hardware_tanh`, `gluon` are for tuning and tests."""
     B, T, _, K = q.shape
     V = v.shape[3]
     N = max(q.shape[2], k.shape[2], v.shape[2], f.shape[2], W.shape[0])
@@ -94,15 +96,24 @@ def scan(
         return y, final, checkpoints
     h0 = None if initial_state is None else initial_state.to(torch.float32).contiguous()
     W = W.contiguous()
+    numerics = _numerics(v, hardware_tanh)
+    if gluon is None:
+        gluon = T > 0 and numerics["HARDWARE"] and gluon_unsupported(q.device, V, chunk) is None
+    arguments = (
+        q, k, v, f, W, h0 if h0 is not None else W, cu_seqlens if cu_seqlens is not None else W,
+        y_part, final, checkpoints,
+        T, NC, *q.stride(), *k.stride(), *v.stride(), *f.stride(), y_part.stride(0) if blocks > 1 else 0,
+    )  # fmt: skip
+    constants = dict(
+        N=N, K=K, V=V, **_groups(N, q, k, v, f, W), BK=config.rows, BV=BV, C=max(chunk, 4 if gluon else 1),
+        PACKED=packed, HAS_H0=h0 is not None, SAVE=chunk > 0, num_warps=1 if gluon else config.warps,
+    )  # fmt: skip
     with _on_device(q):
-        scan_forward_kernel[(S * N, blocks)](
-            q, k, v, f, W, h0 if h0 is not None else W, cu_seqlens if cu_seqlens is not None else W,
-            y_part, final, checkpoints,
-            T, NC, *q.stride(), *k.stride(), *v.stride(), *f.stride(), y_part.stride(0) if blocks > 1 else 0,
-            N=N, K=K, V=V, **_groups(N, q, k, v, f, W), BK=config.rows, BV=BV, C=max(chunk, 1),
-            PACKED=packed, HAS_H0=h0 is not None, SAVE=chunk > 0, **_numerics(v, hardware_tanh),
-            num_warps=config.warps,
-        )  # fmt: skip
+        if gluon:
+            wide = max(K * q.stride(3), K * k.stride(3), V * v.stride(3)) >= 2**31
+            forward_gluon_kernel()[(S * N, blocks)](*arguments, **constants, WIDE=wide)
+        else:
+            scan_forward_kernel[(S * N, blocks)](*arguments, **constants, **numerics)
         if blocks > 1:
             _reduce(y_part, y, 1, blocks, T, 0)
     return y, final, checkpoints

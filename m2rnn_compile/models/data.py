@@ -17,6 +17,10 @@ SEPARATOR = 0
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", ".git", ".hg", ".svn", "node_modules"})
 
 
+class DataError(ValueError):
+    """The data cannot be used; the message says what was found and what is needed."""
+
+
 class Skipped(NamedTuple):
     """A file that was not used, and why."""
 
@@ -63,13 +67,13 @@ def load_folder(
         max_held_out_bytes: use only the first held-out files, up to this size (the rest is not trained on either).
 
     Raises:
-        ValueError: the path is missing, not a folder, not readable, or holds fewer than two usable text files.
+        DataError (a ValueError): the path is missing, not a folder, not readable, or holds fewer than two usable text files.
     """
     root = Path(folder)
     if not root.exists():
-        raise ValueError(f"data folder {str(root)!r} does not exist; give an existing folder of text files")
+        raise DataError(f"data folder {str(root)!r} does not exist; give an existing folder of text files")
     if not root.is_dir():
-        raise ValueError(
+        raise DataError(
             f"data path {str(root)!r} is not a folder; give the folder that holds your text files "
             "(two or more, since they are split by file into training and held-out)"
         )
@@ -90,7 +94,7 @@ def load_folder(
     if len(documents) < 2:
         kinds = "any name" if wanted is None else f"names ending in {' or '.join(wanted)}"
         seen = "; skipped: " + ", ".join(f"{s.path} ({s.reason})" for s in skipped[:5]) if skipped else ""
-        raise ValueError(
+        raise DataError(
             f"data folder {str(root)!r}: found {len(documents)} usable text file(s) with {kinds}, need at least two "
             f"(they are split by file into training and held-out){seen}"
         )
@@ -122,7 +126,7 @@ def load_folder(
 def _walk(root: Path, exclude: frozenset[str], skipped: list[Skipped]) -> Iterable[Path]:
     def refused(error: OSError) -> None:
         if Path(error.filename or root) == root:
-            raise ValueError(f"data folder {str(root)!r} cannot be read: {error.strerror}; check its permissions")
+            raise DataError(f"data folder {str(root)!r} cannot be read: {error.strerror}; check its permissions")
         skipped.append(Skipped(str(error.filename), f"unreadable folder: {error.strerror}"))
 
     for folder, folders, files in os.walk(root, onerror=refused):
@@ -180,10 +184,10 @@ def batch_at(data: Tensor, step: int, *, batch_size: int, seq_len: int, seed: in
         ``(tokens, targets)``, int64 ``[batch_size, seq_len]``; targets are the bytes one later.
 
     Raises:
-        ValueError: the data is shorter than one window.
+        DataError (a ValueError): the data is shorter than one window.
     """
     if len(data) < seq_len + 1:
-        raise ValueError(f"the training data has {len(data)} bytes, fewer than one window of {seq_len + 1}; shorten `seq_len`")
+        raise DataError(f"the training data has {len(data)} bytes, fewer than one window of {seq_len + 1}; shorten `seq_len`")
     generator = torch.Generator().manual_seed((seed << 32) + step)
     starts = torch.randint(0, len(data) - seq_len, (batch_size,), generator=generator)
     windows = data[starts[:, None] + torch.arange(seq_len + 1)].long()

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: compiled steps, a log, checkpoints, and a resume that continues bit by bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layers import param_groups
+from . import checkpoint
+from .config import LMConfig
+from .data import ByteData, batch_at
+from .lm import HybridLM
+
+LOG = "log.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Two runs with equal configs and equal data give equal bits on one machine.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size, seq_len: tokens a step.
+        learning_rate: peak; `warmup` steps linearly up to it, then cosine down to `min_lr_ratio` of it.
+        weight_decay, betas, eps: of AdamW; see `layers.param_groups` for what is decayed.
+        grad_clip: bound on the gradient's norm.
+        seed: of the initial weights and the order of the data.
+        checkpoint_every: steps between checkpoints.
+        compile: train under torch.compile(fullgraph=True).
+        threads: CPU threads; sums are split by thread, so another number gives other last bits.
+    """
+
+    steps: int
+    batch_size: int = 8
+    seq_len: int = 256
+    learning_rate: float = 3e-3
+    min_lr_ratio: float = 0.05
+    warmup: int = 50
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-10
+    grad_clip: float = 1.0
+    seed: int = 0
+    checkpoint_every: int = 200
+    compile: bool = True
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "seq_len", "checkpoint_every", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TrainConfig: `{name}` must be at least 1, got {getattr(self, name)}")
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of one step (from 0): linear warm-up, then a cosine."""
+        warm = min(1.0, (step + 1) / max(1, self.warmup))
+        cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / self.steps))
+        return self.learning_rate * warm * (self.min_lr_ratio + (1 - self.min_lr_ratio) * cosine)
+
+
+class Step(NamedTuple):
+    """One optimizer step, as logged. `loss` is in nats per byte before the step, `step` counts from 1."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    seconds: float
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.loss / math.log(2)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what is left."""
+
+
+class Trainer:
+    """A model, its optimizer and its data; each step is a pure function of them and the step's number.
+
+    Args:
+        model_config, config: what to train and how.
+        data: see `data.load_folder`.
+        out: folder for the checkpoints and the log; created if need be.
+
+    Attributes:
+        model, optimizer: as they are after `step` steps.
+        step: optimizer steps done.
+    """
+
+    def __init__(self, model_config: LMConfig, config: TrainConfig, data: ByteData, out: str | Path) -> None:
+        self.model_config, self.config, self.data, self.out = model_config, config, data, Path(out)
+        torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        self.model = HybridLM(model_config)
+        groups = param_groups(self.model, config.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps)
+        self.step = 0
+        # The shapes are the same in every step: static ones compile faster and run faster.
+        loss = self.model.loss
+        self._loss = torch.compile(loss, fullgraph=True, dynamic=False) if config.compile else loss
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.out / checkpoint.CHECKPOINTS
+
+    def save(self) -> Path:
+        """Write a checkpoint of the current step.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        state = {
+            "model": self.model_config.to_dict(),
+            "train": _as_json(self.config),
+            "data": self.data.fingerprint,
+            "step": self.step,
+            "random_state": torch.get_rng_state().numpy().tobytes().hex(),
+        }
+        return checkpoint.save(
+            self.checkpoints, step=self.step, model=self.model, optimizer=self.optimizer, state=state
+        )
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint below `out`.
+
+        Raises:
+            CheckpointError: none there, damaged, or written with another config or other data.
+        """
+        saved = checkpoint.load(self.checkpoints)
+        for title, got, expected in (
+            ("model config", saved.state.get("model"), self.model_config.to_dict()),
+            ("training config", saved.state.get("train"), _as_json(self.config)),
+            ("data", saved.state.get("data"), self.data.fingerprint),
+        ):
+            if got != expected:
+                raise checkpoint.CheckpointError(
+                    f"checkpoint {str(saved.path)!r} was written with another {title} ({_difference(got, expected)}); "
+                    "resume with the options it was started with, or start afresh in another folder"
+                )
+        checkpoint.restore_model(saved, self.model)
+        checkpoint.restore_optimizer(saved, self.model, self.optimizer)
+        try:
+            self.step = int(saved.state["step"])
+            random_state = torch.frombuffer(bytearray.fromhex(saved.state["random_state"]), dtype=torch.uint8)
+            torch.set_rng_state(random_state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise checkpoint.CheckpointError(
+                f"checkpoint file {str(saved.path / checkpoint.STATE)!r} is damaged ({error}); start afresh in another folder"
+            ) from error
+        _cut_log(self.out / LOG, self.step)
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Tokens and targets of one step."""
+        c = self.config
+        return batch_at(self.data.train, step, batch_size=c.batch_size, seq_len=c.seq_len, seed=c.seed)
+
+    def train_step(self) -> Step:
+        """One optimizer step.
+
+        Raises:
+            TrainingError: the loss is not finite (the weights are left as before the step).
+        """
+        start = time.perf_counter()
+        learning_rate = self.config.learning_rate_at(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._loss(*self.batch(self.step))
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        values = loss.item(), grad_norm.item()
+        if not all(map(math.isfinite, values)):
+            raise TrainingError(
+                f"step {self.step + 1}: loss {values[0]}, gradient norm {values[1]}: not finite. The checkpoints in "
+                f"{str(self.checkpoints)!r} are from before; start afresh with a lower learning rate (was {self.config.learning_rate})"
+            )
+        self.optimizer.step()
+        self.step += 1
+        return Step(self.step, *values, learning_rate, time.perf_counter() - start)
+
+    def seconds_per_step(self, repeats: int = 6) -> float:
+        """Time of a step's forward and backward once compiled; changes neither weights nor optimizer nor `step`."""
+        best = math.inf
+        for _ in range(repeats + 1):  # the first one compiles
+            start = time.perf_counter()
+            self._loss(*self.batch(0)).backward()
+            best = min(best, time.perf_counter() - start)
+        self.optimizer.zero_grad(set_to_none=True)
+        return best
+
+    def run(self, on_step: Callable[[Step], None] = lambda _: None, *, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Train to the end, logging every step and writing checkpoints; True if the end was reached.
+
+        Args:
+            on_step: told about every step after it is logged.
+            stop: asked between steps; if it says so, the run is saved and ends early.
+
+        Raises:
+            TrainingError, CheckpointError: see `train_step` and `save`.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        saved = self.step if checkpoint.step_folder(self.checkpoints, self.step).exists() else -1
+        with (self.out / LOG).open("a", buffering=1) as log:
+            while self.step < self.config.steps and not stop():
+                done = self.train_step()
+                log.write(json.dumps(done._asdict()) + "\n")
+                on_step(done)
+                if self.step % self.config.checkpoint_every == 0:
+                    self.save()
+                    saved = self.step
+        if saved != self.step:
+            self.save()
+        return self.step >= self.config.steps
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """Turn SIGINT and SIGTERM into a request that `Trainer.run` can be asked for; a second one interrupts at once.
+
+    Outside of the main thread signals cannot be handled, and the request never comes.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def bits_per_byte(model: HybridLM, data: Tensor, *, seq_len: int, batch_size: int = 16) -> tuple[float, int]:
+    """Mean bits the model needs for each byte of `data` (uint8), separators left out as targets.
+
+    Every byte is predicted from the bytes before it in a window of up to `seq_len` that overlaps the window before by
+    half, so all but the first bytes have at least ``seq_len / 2`` bytes of context.
+
+    Returns:
+        ``(bits per byte, bytes counted)``.
+
+    Raises:
+        ValueError: fewer than two bytes.
+    """
+    if len(data) < 2:
+        raise ValueError(f"bits_per_byte: needs at least two bytes, got {len(data)}")
+    stride = max(1, seq_len // 2)
+    stream = data.long()
+    # Window w predicts positions w·stride + 1 ...; the first half of every window but the first is context only.
+    starts = torch.arange(0, max(1, len(stream) - 1 - (seq_len - stride)), stride)
+    steps = starts[:, None] + torch.arange(seq_len)
+    inside = steps + 1 < len(stream)
+    tokens = stream[steps.clamp_max(len(stream) - 1)]
+    targets = stream[(steps + 1).clamp_max(len(stream) - 1)]
+    fresh = (torch.arange(seq_len) >= seq_len - stride)[None, :] | (starts == 0)[:, None]
+    counted = inside & fresh & (targets != 0)
+    nats = 0.0
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for rows in torch.arange(len(starts)).split(batch_size):
+            nll = model.loss(tokens[rows], targets[rows], reduction="none")
+            nats += float(nll.double()[counted[rows]].sum())
+    model.train(was_training)
+    count = int(counted.sum())
+    return nats / math.log(2) / max(1, count), count
+
+
+def _as_json(config: TrainConfig) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _difference(got: Any, expected: Any) -> str:
+    """The first few fields in which two configs differ."""
+    if not (isinstance(got, dict) and isinstance(expected, dict)):
+        return "the files differ" if isinstance(expected, str) else f"got {type(got).__name__}"
+    keys = [k for k in sorted(set(got) | set(expected)) if got.get(k) != expected.get(k)]
+    return "; ".join(f"{k}: saved {got.get(k)!r}, now {expected.get(k)!r}" for k in keys[:3])
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Drop what was logged after the checkpoint, and a last line cut short, so that the log tells one history."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(f"{line}\n" for line in kept))
+    os.replace(partial, path)

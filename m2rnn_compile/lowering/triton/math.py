@@ -43,4 +43,4 @@ def product(a, b, acc, DOT: tl.constexpr):
 def step(h, k, v, f, W, DOT: tl.constexpr, HARDWARE: tl.constexpr):
     """(H_t, Z_t) from H_{t-1}. The outer product seeds the accumulator, so it costs the chain of steps no latency."""
     z = tanh(product(h, W, k[:, None] * v[None, :], DOT), HARDWARE)
-    return z + f * (h - z), z
+    return f * h + (1.0 - f) * z, z  # not z + f (h - z): with f near 1 that cancels

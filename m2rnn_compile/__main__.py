@@ -109,7 +109,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog='example:\n  python -m m2rnn_compile generate runs/demo-... --prompt "import os" --temperature 0.7',
         formatter_class=raw,
     )
-    generate.add_argument("checkpoint", metavar="RUN", help="folder of a run, or one of its checkpoints/step-... folders")
+    generate.add_argument(
+        "checkpoint", metavar="RUN", help="folder of a run, or one of its checkpoints/step-... folders"
+    )
     generate.add_argument("--prompt", default="", help="text to continue (default: start a new document)")
     generate.add_argument("--max-new-tokens", type=_positive_int, default=400, help="bytes to generate (default: 400)")
     generate.add_argument("--temperature", type=_non_negative_float, default=0.7, help="0 is greedy (default: 0.7)")
@@ -135,7 +137,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from . import demo
     except ImportError as error:
-        print(f"error: this command needs the package `{error.name}`; run: pip install 'm2rnn-compile[demo]'", file=sys.stderr)
+        print(
+            f"error: this command needs the package `{error.name}`; run: pip install 'm2rnn-compile[demo]'",
+            file=sys.stderr,
+        )
         return 2
     return demo.main(args)
 

@@ -64,7 +64,9 @@ def main(args: argparse.Namespace) -> int:
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         return 2
     except TrainingError as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]training stopped:[/] {escape(str(error))}", soft_wrap=True)
+        Console(stderr=True, highlight=False).print(
+            f"[bold red]training stopped:[/] {escape(str(error))}", soft_wrap=True
+        )
         return 1
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")
@@ -120,7 +122,9 @@ def _run_folder(args: argparse.Namespace) -> Path:
             return Path(args.out)
         runs = [p for p in RUNS.glob("demo-*") if list_steps(p / CHECKPOINTS)]
         if not runs:
-            raise UserError(f"nothing to resume: no run with a checkpoint below {str(RUNS)!r}; start one without --resume, or give --out")
+            raise UserError(
+                f"nothing to resume: no run with a checkpoint below {str(RUNS)!r}; start one without --resume, or give --out"
+            )
         return max(runs, key=lambda p: p.stat().st_mtime)
     out = RUNS / time.strftime("demo-%Y%m%d-%H%M%S") if args.out is None else Path(args.out)
     if list_steps(out / CHECKPOINTS):
@@ -146,7 +150,9 @@ def _start(args: argparse.Namespace, console: Console, out: Path) -> Trainer:
         model_config, source = MODEL, args.data
     data = _load_data(source)
     if len(data.train) <= config.seq_len:
-        raise DataError(f"the training files hold {len(data.train)} bytes in all, fewer than one window of {config.seq_len + 1}; give more text")
+        raise DataError(
+            f"the training files hold {len(data.train)} bytes in all, fewer than one window of {config.seq_len + 1}; give more text"
+        )
     trainer = Trainer(model_config, config, data, out)
     if args.resume:
         trainer.resume()
@@ -170,21 +176,35 @@ def _saved_run(out: Path, args: argparse.Namespace) -> tuple[LMConfig, TrainConf
         values = dict(saved.state["train"])
         config = TrainConfig(**(values | {"betas": tuple(values["betas"])}))
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {str(saved.path)!r} holds no usable config: {error}; start afresh with another --out") from error
-    given = {"--steps": (args.steps, config.steps), "--seed": (args.seed, config.seed), "--threads": (args.threads, config.threads)}
+        raise CheckpointError(
+            f"checkpoint {str(saved.path)!r} holds no usable config: {error}; start afresh with another --out"
+        ) from error
+    given = {
+        "--steps": (args.steps, config.steps),
+        "--seed": (args.seed, config.seed),
+        "--threads": (args.threads, config.threads),
+    }
     for option, (new, old) in given.items():
         if new is not None and new != old:
-            raise UserError(f"{option} {new} cannot be combined with --resume: the run was started with {old}; leave it out, or start afresh")
+            raise UserError(
+                f"{option} {new} cannot be combined with --resume: the run was started with {old}; leave it out, or start afresh"
+            )
     if args.minutes is not None:
-        raise UserError(f"--minutes cannot be combined with --resume: the run has {config.steps} steps; leave it out, or start afresh")
+        raise UserError(
+            f"--minutes cannot be combined with --resume: the run has {config.steps} steps; leave it out, or start afresh"
+        )
     if args.eager == config.compile:
-        raise UserError(f"the run was started {'without' if config.compile else 'with'} --eager; resume it so, or start afresh")
+        raise UserError(
+            f"the run was started {'without' if config.compile else 'with'} --eager; resume it so, or start afresh"
+        )
     source = args.data
     if source is None:
         try:
             source = json.loads((out / RUN).read_text())["data"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{str(out / RUN)!r} is missing or damaged, so the data folder is unknown; give it as --data") from error
+            raise UserError(
+                f"{str(out / RUN)!r} is missing or damaged, so the data folder is unknown; give it as --data"
+            ) from error
     return model_config, config, source
 
 
@@ -203,15 +223,23 @@ def _print_start(console: Console, trainer: Trainer, source: str | None) -> None
     where = f"Python {sys.version_info.major}.{sys.version_info.minor} standard library" if source is None else source
     table.add_row("[dim]text[/]", escape(where))
     table.add_row("[dim]training[/]", f"{len(data.train_files):,} files, {len(data.train) / 1e6:.2f} MB")
-    table.add_row("[dim]held out[/]", f"{len(data.held_out_files):,} files, {len(data.held_out) / 1e6:.2f} MB, never trained on")
+    table.add_row(
+        "[dim]held out[/]", f"{len(data.held_out_files):,} files, {len(data.held_out) / 1e6:.2f} MB, never trained on"
+    )
     unused = [s for s in data.skipped if s.reason != "empty"]
     if unused:
         named = ", ".join(f"{s.path} ({s.reason})" for s in unused[:2])
         more = f", and {len(unused) - 2} more" if len(unused) > 2 else ""
         table.add_row("[dim]skipped[/]", escape(named + more))
-    table.add_row("[dim]model[/]", f"{model.pattern} (M = M²RNN, A = attention), width {model.hidden_size}, {trainer.model.num_parameters():,} parameters")
+    table.add_row(
+        "[dim]model[/]",
+        f"{model.pattern} (M = M²RNN, A = attention), width {model.hidden_size}, {trainer.model.num_parameters():,} parameters",
+    )
     mode = "torch.compile(fullgraph=True)" if config.compile else "eager"
-    table.add_row("[dim]steps[/]", f"{config.steps} of {config.batch_size} × {config.seq_len} bytes, {mode}, {config.threads} threads, seed {config.seed}")
+    table.add_row(
+        "[dim]steps[/]",
+        f"{config.steps} of {config.batch_size} × {config.seq_len} bytes, {mode}, {config.threads} threads, seed {config.seed}",
+    )
     table.add_row("[dim]folder[/]", escape(str(trainer.out)))
     title = f"resuming at step {trainer.step}" if trainer.step else "M²RNN demo"
     console.print(Panel(table, title=title, expand=False))
@@ -248,7 +276,9 @@ def _print_continuation(console: Console, trainer: Trainer, new_bytes: int = 300
     prompt = _to_tokens(PROMPT)
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(trainer.config.seed)
-    new = [int(t) for t in stream(trainer.model, prompt, max_new_tokens=new_bytes, temperature=0.5, generator=generator)]
+    new = [
+        int(t) for t in stream(trainer.model, prompt, max_new_tokens=new_bytes, temperature=0.5, generator=generator)
+    ]
     rate = len(new) / (time.perf_counter() - start)
     text = Text(PROMPT, style="dim") + Text(bytes(new).replace(bytes([SEPARATOR]), b"\n\n").decode(errors="replace"))
     console.print(Panel(text, title="a continuation", subtitle=f"cached decoder, {rate:.0f} bytes/s", expand=False))
@@ -266,7 +296,9 @@ def _export_and_check(console: Console, trainer: Trainer, out: Path) -> bool:
         save_file(expected, out / EXPECTED)
     command = [sys.executable, "-m", __package__, "check-export", str(out / EXPORTED), str(out / EXPECTED)]
     command += ["--threads", str(trainer.config.threads)]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    }
     with console.status("a fresh process loads the exported model ..."):
         result = subprocess.run(command, capture_output=True, text=True, env=env)
     console.print(f"exported with torch.export to [bold]{escape(str(out / EXPORTED))}[/]; a fresh process says:")
@@ -313,7 +345,9 @@ def run_check_export(args: argparse.Namespace, console: Console) -> int:
             ok = difference <= allowed  # False for NaN
             agrees &= ok
             shape = "×".join(map(str, tokens.shape))
-            console.print(f"  tokens {shape}: max abs difference {difference:.2e}, allowed {allowed:.2e}: {'agrees' if ok else 'DIFFERS'}")
+            console.print(
+                f"  tokens {shape}: max abs difference {difference:.2e}, allowed {allowed:.2e}: {'agrees' if ok else 'DIFFERS'}"
+            )
     return 0 if agrees else 1
 
 
@@ -356,7 +390,9 @@ def load_model(path: str | Path) -> HybridLM:
     try:
         model = HybridLM(LMConfig.from_dict(config))
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {str(saved.path)!r}: its model config cannot be built: {error}; train again") from error
+        raise CheckpointError(
+            f"checkpoint {str(saved.path)!r}: its model config cannot be built: {error}; train again"
+        ) from error
     restore_model(saved, model)
     return model.eval()
 

@@ -73,8 +73,15 @@ class Attention(SequenceMixer):
                 )
             head_dim = hidden_size // num_heads
         if rope_theta is not None and head_dim % 2 != 0:
-            raise ValueError(f"Attention: RoPE rotates pairs, so `head_dim` must be even, got {head_dim}; or rope_theta=None")
-        self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim = hidden_size, num_heads, num_kv_heads, head_dim
+            raise ValueError(
+                f"Attention: RoPE rotates pairs, so `head_dim` must be even, got {head_dim}; or rope_theta=None"
+            )
+        self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim = (
+            hidden_size,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+        )
         self.rope_theta, self.init_std, self.init_num_layers = rope_theta, init_std, init_num_layers
         self.qkv_sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
         self.c_attn = nn.Linear(hidden_size, sum(self.qkv_sizes), bias=False, device=device, dtype=dtype)

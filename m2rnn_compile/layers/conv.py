@@ -106,7 +106,10 @@ class CausalConv(nn.Module):
         pool = torch.cat([state.to(x_1TC.dtype).flatten(0, 1), x_1TC[0]])
         step = torch.arange(T, device=x_1TC.device) + S * past
         y = self._taps(
-            [pool[torch.where(position >= j, step - j, ids * past + past + position - j)][None] for j in range(self.width)]
+            [
+                pool[torch.where(position >= j, step - j, ids * past + past + position - j)][None]
+                for j in range(self.width)
+            ]
         )
         if not output_final_state:
             return y, None

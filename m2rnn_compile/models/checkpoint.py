@@ -92,8 +92,13 @@ def save(
     try:
         partial.mkdir(parents=True, exist_ok=True)
         st.torch.save_file(_plain(dict(model.named_parameters()) | dict(model.named_buffers())), partial / MODEL)
-        st.torch.save_file(_plain({} if optimizer is None else _optimizer_tensors(model, optimizer)), partial / OPTIMIZER)
-        files = {name: {"bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)} for name in (MODEL, OPTIMIZER)}
+        st.torch.save_file(
+            _plain({} if optimizer is None else _optimizer_tensors(model, optimizer)), partial / OPTIMIZER
+        )
+        files = {
+            name: {"bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)}
+            for name in (MODEL, OPTIMIZER)
+        }
         record = {"format": FORMAT, "step": step, "files": files, "state": state}
         (partial / STATE).write_text(json.dumps(record, indent=1))
         for name in (MODEL, OPTIMIZER, STATE):
@@ -127,7 +132,9 @@ def load(path: str | Path) -> Checkpoint:
             folder = folder / CHECKPOINTS
         steps = list_steps(folder)
         if not steps:
-            raise CheckpointError(f"no checkpoint in {str(folder)!r}: expected a folder step-… holding {STATE}; check the path")
+            raise CheckpointError(
+                f"no checkpoint in {str(folder)!r}: expected a folder step-… holding {STATE}; check the path"
+            )
         folder = step_folder(folder, steps[-1])
     out = _way_out(folder)
     try:
@@ -137,7 +144,9 @@ def load(path: str | Path) -> Checkpoint:
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint file {str(folder / STATE)!r} is missing; {out}") from error
     except OSError as error:
-        raise CheckpointError(f"checkpoint file {str(folder / STATE)!r} cannot be read: {error.strerror}; {out}") from error
+        raise CheckpointError(
+            f"checkpoint file {str(folder / STATE)!r} cannot be read: {error.strerror}; {out}"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint file {str(folder / STATE)!r} is damaged ({error!r}); {out}") from error
     if record.get("format") != FORMAT:
@@ -155,10 +164,14 @@ def load(path: str | Path) -> Checkpoint:
                 f"checkpoint file {str(file)!r} is truncated or was changed: {file.stat().st_size} bytes, expected {size}; {out}"
             )
         if _sha256(file) != sha256:
-            raise CheckpointError(f"checkpoint file {str(file)!r} is corrupt: its content does not match its hash; {out}")
+            raise CheckpointError(
+                f"checkpoint file {str(file)!r} is corrupt: its content does not match its hash; {out}"
+            )
         tensors[name] = st.torch.load_file(file)
     if not isinstance(state, dict) or not isinstance(step, int):
-        raise CheckpointError(f"checkpoint file {str(folder / STATE)!r} is damaged (step or state of a wrong type); {out}")
+        raise CheckpointError(
+            f"checkpoint file {str(folder / STATE)!r} is damaged (step or state of a wrong type); {out}"
+        )
     return Checkpoint(folder, tensors[MODEL], tensors[OPTIMIZER], state)
 
 
@@ -206,11 +219,17 @@ def restore_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch
 
 def _faults(own: dict[str, Tensor], stored: dict[str, Tensor]) -> str:
     missing, unexpected = sorted(set(own) - set(stored)), sorted(set(stored) - set(own))
-    shapes = [f"{n} has shape {list(stored[n].shape)}, expected {list(own[n].shape)}" for n in own if n in stored and stored[n].shape != own[n].shape]
+    shapes = [
+        f"{n} has shape {list(stored[n].shape)}, expected {list(own[n].shape)}"
+        for n in own
+        if n in stored and stored[n].shape != own[n].shape
+    ]
     parts = []
     for title, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", shapes)):
         if names:
-            parts.append(f"{title}: " + ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else ""))
+            parts.append(
+                f"{title}: " + ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            )
     return "; ".join(parts)
 
 

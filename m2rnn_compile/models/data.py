@@ -187,7 +187,9 @@ def batch_at(data: Tensor, step: int, *, batch_size: int, seq_len: int, seed: in
         DataError (a ValueError): the data is shorter than one window.
     """
     if len(data) < seq_len + 1:
-        raise DataError(f"the training data has {len(data)} bytes, fewer than one window of {seq_len + 1}; shorten `seq_len`")
+        raise DataError(
+            f"the training data has {len(data)} bytes, fewer than one window of {seq_len + 1}; shorten `seq_len`"
+        )
     generator = torch.Generator().manual_seed((seed << 32) + step)
     starts = torch.randint(0, len(data) - seq_len, (batch_size,), generator=generator)
     windows = data[starts[:, None] + torch.arange(seq_len + 1)].long()

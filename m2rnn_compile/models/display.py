@@ -59,7 +59,9 @@ class TrainingView:
             self.console.print("compiling the training step ...")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live is not None:
             self._live.update(self._panel(), refresh=True)
             self._live.stop()

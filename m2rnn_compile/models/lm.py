@@ -124,7 +124,9 @@ class HybridLM(nn.Module):
             TypeError, ValueError: arguments that do not fit.
         """
         if tokens.dim() != 2 or tokens.is_floating_point():
-            raise ValueError(f"HybridLM: `tokens` must be integers [B, T], got {tokens.dtype} of shape {tuple(tokens.shape)}")
+            raise ValueError(
+                f"HybridLM: `tokens` must be integers [B, T], got {tokens.dtype} of shape {tuple(tokens.shape)}"
+            )
         x = self.transformer["wte"](tokens)
         new_cache: list[Cache] = []
         for i, block in enumerate(self.transformer["h"]):

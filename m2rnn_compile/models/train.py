@@ -207,7 +207,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return best
 
-    def run(self, on_step: Callable[[Step], None] = lambda _: None, *, stop: Callable[[], bool] = lambda: False) -> bool:
+    def run(
+        self, on_step: Callable[[Step], None] = lambda _: None, *, stop: Callable[[], bool] = lambda: False
+    ) -> bool:
         """Train to the end, logging every step and writing checkpoints; True if the end was reached.
 
         Args:

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the ops are: schemas, validation, fakes, autograd, and the eager equations. Imports torch only."""
 
+from .flops import register_flops
 from .functional import M2RNNOutput, M2RNNStepOutput, explain_impl, m2rnn, m2rnn_step
 from .registry import ImplChoice
+
+register_flops()
 
 __all__ = ["ImplChoice", "M2RNNOutput", "M2RNNStepOutput", "explain_impl", "m2rnn", "m2rnn_step"]

@@ -21,7 +21,8 @@ def register_autocast(op_name: str, op: Callable[..., Any], low: tuple[int, ...]
     """
 
     def rule(device_type: str) -> Callable[..., Any]:
-        keys = torch._C.DispatchKeySet(torch._C._parse_dispatch_key(f"Autocast{device_type.upper()}"))
+        key = getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}")
+        keys = torch._C.DispatchKeySet(key)
 
         def run(*args: Any) -> Any:
             dtype = torch.get_autocast_dtype(device_type)
@@ -39,9 +40,7 @@ def register_autocast(op_name: str, op: Callable[..., Any], low: tuple[int, ...]
     LIB.impl(op_name, rule("cuda"), "AutocastCUDA")
 
 
-def fold_vmap_into_heads(
-    size: int, x: Tensor | None, bdim: int | None, head_axis: int
-) -> Tensor | None:
+def fold_vmap_into_heads(size: int, x: Tensor | None, bdim: int | None, head_axis: int) -> Tensor | None:
     """Turn a vmapped dimension into the outermost part of the head dimension.
 
     With X samples of N heads, head x·N + n of the folded op reads folded input head x·N_x + n // (N / N_x): sharing by

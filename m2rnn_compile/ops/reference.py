@@ -8,8 +8,8 @@
 Two forms of the same thing:
 
 - `reference` walks the steps and lets torch autograd differentiate them. In fp64 it is the oracle of every other test.
-- `scan` and `scan_backward` are the kernels of the op as torch loops: the backward equations written out by hand, states
-  kept every C steps and recomputed. They run on any device that PyTorch runs on, and are `impl="eager"`.
+- `scan` and `scan_backward` are the kernels of the op as torch loops: the backward equations written out by hand,
+  states kept every C steps and recomputed. They run on any device that PyTorch runs on, and are `impl="eager"`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ def sum_shared_heads(dx: Tensor, heads: int, axis: int) -> Tensor:
     return dx if dx.shape[axis] == heads else dx.unflatten(axis, (heads, dx.shape[axis] // heads)).sum(axis + 1)
 
 
-def one_step(
-    h_BNKV: Tensor, k_BNK: Tensor, v_BNV: Tensor, f_BN: Tensor, W_NVV: Tensor
-) -> tuple[Tensor, Tensor]:
+def one_step(h_BNKV: Tensor, k_BNK: Tensor, v_BNV: Tensor, f_BN: Tensor, W_NVV: Tensor) -> tuple[Tensor, Tensor]:
     """One step of the recurrence: (H_t, Z_t) from H_{t-1}. All inputs have N heads and the state's dtype."""
     f = f_BN[:, :, None, None]
     z_BNKV = torch.tanh(h_BNKV @ W_NVV + k_BNK[..., :, None] * v_BNV[..., None, :])
@@ -154,12 +152,12 @@ def scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Backward kernel of the op: the equations of docs/numerics.md, chunk by chunk from the last to the first.
 
-        D_t  = clip(carry_t) + q_t dy_tᵀ
-        dq_t = H_t dy_t
-        df_t = Σ D_t ⊙ (H_{t-1} - Z_t)
-        dU_t = (1 - f_t) D_t ⊙ (1 - Z_t ⊙ Z_t)
-        dk_t = dU_t v_t      dv_t = dU_tᵀ k_t      dW += H_{t-1}ᵀ dU_t
-        carry_{t-1} = f_t D_t + dU_t Wᵀ
+    D_t  = clip(carry_t) + q_t dy_tᵀ
+    dq_t = H_t dy_t
+    df_t = Σ D_t ⊙ (H_{t-1} - Z_t)
+    dU_t = (1 - f_t) D_t ⊙ (1 - Z_t ⊙ Z_t)
+    dk_t = dU_t v_t      dv_t = dU_tᵀ k_t      dW += H_{t-1}ᵀ dU_t
+    carry_{t-1} = f_t D_t + dU_t Wᵀ
     """
     B, T, K, V = q.shape[0], q.shape[1], q.shape[3], v.shape[3]
     N = max(q.shape[2], k.shape[2], v.shape[2], f.shape[2], W.shape[0])

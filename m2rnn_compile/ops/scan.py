@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from . import registry
 from .library import LIB, fold_vmap_into_heads, register_autocast, unfold_vmap_from_heads
@@ -57,7 +56,7 @@ def _scan_kernel(
         check_cu_seqlens_values(cu_seqlens, q.shape[1])
     lowering = registry.lowering_for(impl, q.device, (q, k, v, f, W, initial_state, cu_seqlens))
     result = lowering.scan(q, k, v, f, W, initial_state, cu_seqlens, state_grad_clip, chunk)
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 @torch.library.impl(LIB, "scan_backward", "CompositeExplicitAutograd")
@@ -82,7 +81,7 @@ def _scan_backward_kernel(
     result = lowering.scan_backward(
         dy, dfinal_state, q, k, v, f, W, initial_state, cu_seqlens, checkpoints, state_grad_clip, chunk
     )
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def _check_chunk(chunk: int) -> None:
@@ -182,9 +181,9 @@ torch.library.register_autograd("m2rnn::scan_backward", _no_double_backward, lib
 register_autocast("scan", _scan, low=(0, 1, 2, 4))
 
 
-# ---- vmap: the mapped dimension becomes the outermost part of the head dimension --------------------------------------
+# ---- vmap: the mapped dimension becomes the outermost part of the head dimension ------------------------------------
 
-# The axis of the heads in each tensor argument, by position. W: [N, V, V]; states: [S, N, K, V]; checkpoints have NC too.
+# The axis of the heads in each tensor argument, by position: q, k, v, f, W [N, V, V], initial_state [S, N, K, V].
 _SCAN_HEAD_AXES = (2, 2, 2, 2, 0, 1)
 
 
@@ -215,29 +214,7 @@ def _scan_backward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) 
     folded = [fold_vmap_into_heads(n, x, d, a) for x, d, a in zip(args[:8], in_dims[:8], axes, strict=True)]
     checkpoints = fold_vmap_into_heads(n, args[9], in_dims[9], 2)
     grads = _scan_backward(*folded, args[8], checkpoints, *args[10:])
-    return tuple(
-        unfold_vmap_from_heads(n, g, a) for g, a in zip(grads, _SCAN_HEAD_AXES, strict=True)
-    ), (0,) * 6
-
-
-# ---- FLOPs: a multiplication and an addition count as two, tanh is not counted ---------------------------------------
-
-
-def _macs(q_shape: Any, v_shape: Any, heads: int, kvv: int, kv: int) -> int:
-    (B, T, _, K), V = q_shape, v_shape[3]
-    return 2 * B * T * heads * (kvv * K * V * V + kv * K * V)
-
-
-@register_flop_formula(torch.ops.m2rnn.scan)
-def _scan_flops(q: Any, k: Any, v: Any, f: Any, W: Any, *args: Any, **kwargs: Any) -> int:
-    """H W (K·V·V), k vᵀ and Hᵀ q (K·V each) per step and head."""
-    return _macs(q, v, max(q[2], k[2], v[2], f[2], W[0]), 1, 2)
-
-
-@register_flop_formula(torch.ops.m2rnn.scan_backward)
-def _scan_backward_flops(dy: Any, dh: Any, q: Any, k: Any, v: Any, f: Any, W: Any, *args: Any, **kwargs: Any) -> int:
-    """H W again, dU Wᵀ and Hᵀ dU; k vᵀ again, q dyᵀ, dq, dk, dv, df."""
-    return _macs(q, v, max(q[2], k[2], v[2], f[2], W[0]), 3, 6)
+    return tuple(unfold_vmap_from_heads(n, g, a) for g, a in zip(grads, _SCAN_HEAD_AXES, strict=True)), (0,) * 6
 
 
 def scan(
@@ -255,7 +232,5 @@ def scan(
     check_clip(state_grad_clip)
     tensors = (q, k, v, f, W) if initial_state is None else (q, k, v, f, W, initial_state)
     chunk = DEFAULT_CHUNK if torch.is_grad_enabled() and any(x.requires_grad for x in tensors) else 0
-    y, final_state, _ = _scan(
-        q, k, v, f, W, initial_state, cu_seqlens, state_grad_clip, chunk, impl
-    )
+    y, final_state, _ = _scan(q, k, v, f, W, initial_state, cu_seqlens, state_grad_clip, chunk, impl)
     return y, final_state

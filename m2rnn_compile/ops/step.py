@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from . import registry
 from .library import LIB, fold_vmap_into_heads, register_autocast, unfold_vmap_from_heads
@@ -27,7 +26,7 @@ def _step_kernel(
     check_step(q, k, v, f, W, initial_state)
     lowering = registry.lowering_for(impl, q.device, (q, k, v, f, W, initial_state, None))
     result = lowering.step(q, k, v, f, W, initial_state)
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 @torch.library.register_fake("m2rnn::step", lib=LIB)
@@ -72,12 +71,8 @@ def _step_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[
     return (unfold_vmap_from_heads(n, y, 1), unfold_vmap_from_heads(n, state, 1)), (0, 0)
 
 
-@register_flop_formula(torch.ops.m2rnn.step)
-def _step_flops(q: Any, k: Any, v: Any, f: Any, W: Any, state: Any, *args: Any, **kwargs: Any) -> int:
-    B, N, K, V = state
-    return int(2 * B * N * (K * V * V + 2 * K * V))
-
-
-def step(q: Tensor, k: Tensor, v: Tensor, f: Tensor, W: Tensor, initial_state: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+def step(
+    q: Tensor, k: Tensor, v: Tensor, f: Tensor, W: Tensor, initial_state: Tensor, impl: str
+) -> tuple[Tensor, Tensor]:
     y, state = _step(q, k, v, f, W, initial_state, impl)
     return y, state

@@ -77,7 +77,7 @@ def _dtypes_and_devices(q: Tensor, k: Tensor, v: Tensor, others: dict[str, Tenso
         )
     if v.dtype not in INPUT_DTYPES:
         raise TypeError(
-            f"m2rnn: `q`, `k` and `v` must be float32, float64, bfloat16 or float16, got {v.dtype}; cast them with .to()"
+            f"m2rnn: `q`, `k` and `v` must be float32, float64, bfloat16 or float16, got {v.dtype}; cast them with .to"
         )
     for name, x in others.items():
         if x is not None and x.dtype not in INPUT_DTYPES:
@@ -96,13 +96,9 @@ def check_clip(state_grad_clip: float | None) -> None:
     if state_grad_clip is None:
         return
     if isinstance(state_grad_clip, bool) or not isinstance(state_grad_clip, (int, float)):
-        raise TypeError(
-            f"m2rnn: `state_grad_clip` must be a float or None, got {type(state_grad_clip).__name__}"
-        )
+        raise TypeError(f"m2rnn: `state_grad_clip` must be a float or None, got {type(state_grad_clip).__name__}")
     if math.isnan(state_grad_clip) or state_grad_clip < 0:
-        raise ValueError(
-            f"m2rnn: `state_grad_clip` must be >= 0, got {state_grad_clip}; use None for no clipping"
-        )
+        raise ValueError(f"m2rnn: `state_grad_clip` must be >= 0, got {state_grad_clip}; use None for no clipping")
 
 
 def check_scan(

@@ -78,10 +78,14 @@ def make_inputs(
     cu_seqlens = None
     if seqlens is not None:
         if B != 1 or sum(seqlens) != T:
-            raise ValueError(f"make_inputs: seqlens need B = 1 and T = sum(seqlens) = {sum(seqlens)}, got B = {B}, T = {T}")
+            raise ValueError(
+                f"make_inputs: seqlens need B = 1 and T = sum(seqlens) = {sum(seqlens)}, got B = {B}, T = {T}"
+            )
         S = len(seqlens)
         cu_seqlens = torch.tensor([0, *torch.tensor(list(seqlens)).cumsum(0).tolist()], dtype=torch.int32).to(device)
-    f = torch.exp(-torch.rand(B, T, Nf, generator=g, dtype=torch.float64) * torch.logspace(-3, 0.5, Nf, dtype=torch.float64))
+    f = torch.exp(
+        -torch.rand(B, T, Nf, generator=g, dtype=torch.float64) * torch.logspace(-3, 0.5, Nf, dtype=torch.float64)
+    )
     fields = dict(
         q=randn(B, T, Nq, K).mul_(K**-0.5).to(dtype),
         k=randn(B, T, Nk, K).to(dtype),

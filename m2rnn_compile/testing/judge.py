@@ -17,7 +17,7 @@ FACTOR = 2.0
 
 
 class Comparison(NamedTuple):
-    """One tensor (or one time slice of it) against the oracle; `error` and `allowed` are relative to the oracle's norm."""
+    """One tensor (or one time slice of it) against the oracle; errors are relative to the oracle's norm."""
 
     name: str
     slice: str
@@ -50,13 +50,20 @@ def compare(
             norm = float(c.norm().clamp_min(torch.finfo(torch.float64).tiny))
             rounding = torch.finfo(got[name].dtype).eps
             eager_error = float((b - c).norm()) / norm
-            rows.append(Comparison(name, label, float((a - c).norm()) / norm, eager_error, FACTOR * eager_error + rounding))
+            rows.append(
+                Comparison(name, label, float((a - c).norm()) / norm, eager_error, FACTOR * eager_error + rounding)
+            )
     return rows
 
 
-def assert_accurate(got: dict[str, Tensor], truth: dict[str, Tensor], eager: dict[str, Tensor], *, slices: int = 8) -> None:
+def assert_accurate(
+    got: dict[str, Tensor], truth: dict[str, Tensor], eager: dict[str, Tensor], *, slices: int = 8
+) -> None:
     """Raise AssertionError naming every tensor and slice that breaks the rule."""
     bad = [row for row in compare(got, truth, eager, slices=slices) if not row.ok]
     if bad:
-        lines = (f"{r.name} [{r.slice}]: error {r.error:.3e}, allowed {r.allowed:.3e}, eager {r.eager_error:.3e}" for r in bad)
+        lines = (
+            f"{r.name} [{r.slice}]: error {r.error:.3e}, allowed {r.allowed:.3e}, eager {r.eager_error:.3e}"
+            for r in bad
+        )
         raise AssertionError("less accurate than the rule allows:\n  " + "\n  ".join(lines))

@@ -41,7 +41,7 @@ def run(inputs: ScanInputs, fn: ScanFunction | None = None, *, impl: str = "auto
 
 
 def oracle(inputs: ScanInputs, *, impl: str = "reference") -> dict[str, Tensor]:
-    """The same in fp64. `impl="eager"` keeps memory small on long sequences (its equations are tested against autograd)."""
+    """The same in fp64. `impl="eager"` keeps memory small on long sequences (it is tested against autograd)."""
     return run(inputs.to(torch.float64), impl=impl)
 
 

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FLOP formulas for `torch.utils.flop_counter.FlopCounterMode`.
+
+A multiplication and an addition count as two; tanh and other pointwise work is not counted, as in torch's own formulas.
+
+`torch.utils.flop_counter` imports Triton, which importing this package must not do, and a `FlopCounterMode` copies the
+table of formulas when it is made. So the formulas are registered the moment that module is imported, by whoever
+needs it.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_MODULE = "torch.utils.flop_counter"
+
+
+def scan_macs(q_shape: Any, v_shape: Any, heads: int, kvv: int, kv: int) -> int:
+    """FLOPs of `kvv` products of K·V·V and `kv` of K·V multiply-adds per step and head."""
+    (B, T, _, K), V = q_shape, v_shape[3]
+    return int(2 * B * T * heads * (kvv * K * V * V + kv * K * V))
+
+
+def scan_flops(q: Any, k: Any, v: Any, f: Any, W: Any, *args: Any, **kwargs: Any) -> int:
+    """H W (K·V·V), k vᵀ and Hᵀ q (K·V each) per step and head."""
+    return scan_macs(q, v, max(q[2], k[2], v[2], f[2], W[0]), 1, 2)
+
+
+def scan_backward_flops(dy: Any, dh: Any, q: Any, k: Any, v: Any, f: Any, W: Any, *args: Any, **kwargs: Any) -> int:
+    """H W again, dU Wᵀ and Hᵀ dU; k vᵀ again, q dyᵀ, dq, dk, dv, df."""
+    return scan_macs(q, v, max(q[2], k[2], v[2], f[2], W[0]), 3, 6)
+
+
+def step_flops(q: Any, k: Any, v: Any, f: Any, W: Any, state: Any, *args: Any, **kwargs: Any) -> int:
+    """One step of `scan_flops`."""
+    B, N, K, V = state
+    return int(2 * B * N * (K * V * V + 2 * K * V))
+
+
+def _register(flop_counter: ModuleType) -> None:
+    formulas = {
+        torch.ops.m2rnn.scan: scan_flops,
+        torch.ops.m2rnn.scan_backward: scan_backward_flops,
+        torch.ops.m2rnn.step: step_flops,
+    }
+    for op, formula in formulas.items():
+        if op not in flop_counter.flop_registry:
+            flop_counter.register_flop_formula(op)(formula)
+
+
+class _RegisterAfterImport:
+    """A finder that steps aside, lets the real import of `_MODULE` happen, and registers the formulas after it."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name != _MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            run(module)
+            _register(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def register_flops() -> None:
+    """Register now if torch's counter is loaded, else as soon as it is."""
+    if _MODULE in sys.modules:
+        _register(sys.modules[_MODULE])
+    elif not any(isinstance(finder, _RegisterAfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegisterAfterImport())

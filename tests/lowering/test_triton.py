@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The portable Triton kernels on the CPU, under Triton's interpreter, against the fp64 oracle.
 
-The interpreter must be on before the kernels are decorated, so this file turns it on where there is no GPU; the same cases
-run compiled in `tests/gpu`. Gluon kernels do not run in the interpreter.
+The interpreter must be on before the kernels are decorated, so this file turns it on where there is no GPU; the same
+cases run compiled in `tests/gpu`. Gluon kernels do not run in the interpreter.
 """
 
 from __future__ import annotations

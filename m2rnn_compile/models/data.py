@@ -190,7 +190,9 @@ def batch_at(data: Tensor, step: int, *, batch_size: int, seq_len: int, seed: in
         raise DataError(
             f"the training data has {len(data)} bytes, fewer than one window of {seq_len + 1}; shorten `seq_len`"
         )
-    generator = torch.Generator().manual_seed((seed << 32) + step)
+    # The generator looks at the low 32 bits of its seed only, so mix both numbers into them.
+    mixed = hashlib.sha256(f"{seed}/{step}".encode()).digest()[:4]
+    generator = torch.Generator().manual_seed(int.from_bytes(mixed, "big"))
     starts = torch.randint(0, len(data) - seq_len, (batch_size,), generator=generator)
     windows = data[starts[:, None] + torch.arange(seq_len + 1)].long()
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generation equals the uncached forward, alone and batched."""
+
+import pytest
+import torch
+
+from m2rnn_compile.layers import select_rows
+from m2rnn_compile.models import generate, stream
+from m2rnn_compile.models.generation import left_pad, sample
+from tests.models.helpers import make_model
+
+
+def uncached_argmax(model, prompt, new):
+    x = prompt
+    with torch.no_grad():
+        for _ in range(new):
+            x = torch.cat([x, model(x)[:, -1].argmax(-1, keepdim=True)], 1)
+    return x
+
+
+@pytest.mark.parametrize("prefill_chunk", [None, 1, 3])
+def test_greedy_equals_uncached_argmax(prefill_chunk):
+    model, prompt = make_model(), torch.randint(0, 256, (2, 7))
+    expected = uncached_argmax(model, prompt, 12)
+    assert torch.equal(generate(model, prompt, max_new_tokens=12, prefill_chunk=prefill_chunk), expected)
+    assert len(set(expected[0, 7:].tolist())) > 3, "a degenerate continuation would prove little"
+
+
+def test_left_padded_batch_equals_each_prompt_alone():
+    model = make_model()
+    prompts = [torch.randint(0, 256, (n,)) for n in (9, 4, 1)]
+    padded, mask = left_pad(prompts)
+    together = generate(model, padded, attention_mask=mask, max_new_tokens=8, prefill_chunk=4)[:, 9:]
+    for row, prompt in zip(together, prompts, strict=True):
+        assert torch.equal(row, generate(model, prompt[None], max_new_tokens=8)[0, len(prompt) :])
+
+
+def test_a_lost_cache_would_be_seen():
+    model, prompt = make_model(), torch.randint(0, 256, (2, 7))
+
+    def forgetful(x, *, cache, **options):
+        logits, new = model(x, cache=cache, **options)
+        return logits, (new[0]._replace(conv_state=torch.zeros_like(new[0].conv_state)), *new[1:])
+
+    got = generate(model, prompt, max_new_tokens=12, forward=forgetful)
+    assert not torch.equal(got, uncached_argmax(model, prompt, 12))
+
+
+def test_reordered_cache_continues_the_chosen_rows():
+    model, x = make_model(), torch.randint(0, 256, (3, 6))
+    rows = torch.tensor([2, 0, 2])
+    with torch.no_grad():
+        _, cache = model(x, cache=model.init_cache(3))
+        token = torch.randint(0, 256, (3, 1))
+        got, _ = model(token, cache=select_rows(cache, rows))
+        expected = model(torch.cat([x[rows], token], 1))[:, -1:]
+    assert torch.allclose(got, expected, rtol=0, atol=1e-12)
+
+
+def test_stream_is_lazy_and_seeded():
+    model, prompt = make_model(), torch.randint(0, 256, (1, 3))
+    options = dict(max_new_tokens=10, temperature=1.0, top_k=50, top_p=0.9)
+    a, b = (
+        [int(t) for t in stream(model, prompt, **options, generator=torch.Generator().manual_seed(s))] for s in (1, 1)
+    )
+    c = [int(t) for t in stream(model, prompt, **options, generator=torch.Generator().manual_seed(2))]
+    assert a == b != c
+    first = next(stream(model, prompt, max_new_tokens=10))
+    assert first.shape == (1,)
+    assert not first.is_inference()
+
+
+def test_rows_stop_at_their_end_token():
+    model, prompt = make_model(), torch.randint(0, 256, (2, 3))
+    free = generate(model, prompt, max_new_tokens=10)[:, 3:]
+    eos = int(free[0, 2])
+    out = generate(model, prompt, max_new_tokens=10, eos_id=eos)[:, 3:]
+    first = (out[0] == eos).nonzero()[0, 0]
+    assert (out[0, first:] == eos).all()
+    assert torch.equal(out[0, : first + 1], free[0, : first + 1])
+
+
+def test_sampling_filters():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(2000, 4)
+    g = torch.Generator().manual_seed(0)
+    assert set(sample(logits, temperature=1, top_k=2, generator=g).tolist()) == {0, 1}
+    assert set(sample(logits, temperature=1, top_p=0.7, generator=g).tolist()) == {0, 1}
+    assert set(sample(logits, temperature=1, top_p=0.81, generator=g).tolist()) == {0, 1, 2}
+    assert set(sample(logits, temperature=1, top_p=1e-6, generator=g).tolist()) == {0}
+    drawn = torch.bincount(sample(logits, temperature=1, generator=g), minlength=4) / 2000
+    # five standard deviations of a frequency over 2000 draws
+    assert (drawn - torch.tensor([0.5, 0.3, 0.15, 0.05])).abs().max() < 5 * 0.5 / 2000**0.5
+    assert sample(logits).eq(0).all()
+
+
+def test_errors():
+    model = make_model()
+    with pytest.raises(ValueError, match="T >= 1"):
+        generate(model, torch.zeros(1, 0, dtype=torch.int64), max_new_tokens=1)
+    with pytest.raises(ValueError, match="at least one prompt"):
+        left_pad([])
+    for bad in (dict(temperature=-1), dict(temperature=1, top_k=0), dict(temperature=1, top_p=0.0)):
+        with pytest.raises(ValueError, match=f"`{list(bad)[-1]}` must be"):
+            sample(torch.zeros(1, 4), **bad)

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training: a resumed run is bit for bit the uninterrupted one; damaged checkpoints are told apart."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from m2rnn_compile.models import checkpoint
+from m2rnn_compile.models.checkpoint import CheckpointError
+from m2rnn_compile.models.data import load_folder
+from m2rnn_compile.models.display import duration, sparkline
+from m2rnn_compile.models.train import LOG, Trainer, TrainConfig, TrainingError, bits_per_byte, stop_on_signals
+from tests.models.helpers import CONFIG, make_model, write_texts
+
+TRAIN = TrainConfig(steps=6, batch_size=2, seq_len=24, warmup=2, checkpoint_every=2, compile=False, threads=1)
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return load_folder(write_texts(tmp_path / "texts"))
+
+
+def weights(trainer):
+    state = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    for name, p in trainer.model.named_parameters():
+        state |= {f"{key}.{name}": x.clone() for key, x in trainer.optimizer.state[p].items()}
+    return state
+
+
+def identical(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def stop_after(trainer, step):
+    return lambda: trainer.step >= step
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("at", [3, 4])
+def test_interrupted_and_resumed_equals_uninterrupted_bit_by_bit(tmp_path, data, compile, at):
+    if compile and at == 4:
+        pytest.skip("one interruption of the compiled run is enough")
+    config = dataclasses.replace(TRAIN, compile=compile)
+    whole = Trainer(CONFIG, config, data, tmp_path / "whole")
+    assert whole.run()
+
+    first = Trainer(CONFIG, config, data, tmp_path / "parts")
+    assert not first.run(stop=stop_after(first, at))
+    torch.manual_seed(99)  # a resumed run must not lean on what this process did before
+    second = Trainer(CONFIG, config, data, tmp_path / "parts")
+    second.resume()
+    assert second.step == at
+    assert second.run()
+    assert identical(weights(second), weights(whole))
+    strip = lambda line: {k: v for k, v in json.loads(line).items() if k != "seconds"}
+    logs = [[strip(line) for line in (tmp_path / d / LOG).read_text().splitlines()] for d in ("whole", "parts")]
+    assert logs[0] == logs[1]
+    assert [row["step"] for row in logs[0]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_forgotten_optimizer_state_would_be_seen(tmp_path, data, monkeypatch):
+    whole = Trainer(CONFIG, TRAIN, data, tmp_path / "whole")
+    whole.run()
+    first = Trainer(CONFIG, TRAIN, data, tmp_path / "parts")
+    first.run(stop=stop_after(first, 3))
+    monkeypatch.setattr(checkpoint, "restore_optimizer", lambda *args: None)
+    second = Trainer(CONFIG, TRAIN, data, tmp_path / "parts")
+    second.resume()
+    second.run()
+    assert not identical(weights(second), weights(whole))
+
+
+def test_killed_between_checkpoints_repeats_the_lost_steps(tmp_path, data):
+    """A kill without warning: the log is ahead of the checkpoint, its last line cut short."""
+    whole = Trainer(CONFIG, TRAIN, data, tmp_path / "whole")
+    whole.run()
+    killed = Trainer(CONFIG, TRAIN, data, tmp_path / "killed")
+
+    def die(step):
+        if step.step == 3:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        killed.run(die)
+    with (tmp_path / "killed" / LOG).open("a") as log:
+        log.write('{"step": 4, "lo')
+    again = Trainer(CONFIG, TRAIN, data, tmp_path / "killed")
+    again.resume()
+    assert again.step == 2
+    again.run()
+    assert identical(weights(again), weights(whole))
+    assert [json.loads(line)["step"] for line in (tmp_path / "killed" / LOG).read_text().splitlines()] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_stop(tmp_path, data, number):
+    trainer = Trainer(CONFIG, TRAIN, data, tmp_path / "run")
+    before = signal.getsignal(number)
+    with stop_on_signals() as stop:
+        finished = trainer.run(lambda step: os.kill(os.getpid(), number) if step.step == 3 else None, stop=stop)
+    assert not finished
+    assert checkpoint.list_steps(tmp_path / "run" / "checkpoints") == [2, 3]
+    assert signal.getsignal(number) is before
+
+
+def test_training_learns_and_scores(tmp_path, data):
+    config = dataclasses.replace(TRAIN, steps=60, learning_rate=1e-2, checkpoint_every=60)
+    trainer = Trainer(CONFIG, config, data, tmp_path / "run")
+    before, counted = bits_per_byte(trainer.model, data.held_out, seq_len=24)
+    trainer.run()
+    after, _ = bits_per_byte(trainer.model, data.held_out, seq_len=24)
+    assert counted == int((data.held_out != 0).sum())
+    assert 7.5 < before < 8.5  # untrained: about eight bits
+    assert after < before - 2
+
+
+def test_bits_per_byte_counts_every_byte_once_with_context():
+    model, T = make_model(), 8
+    data = torch.randint(1, 256, (37,), dtype=torch.uint8)
+    got, counted = bits_per_byte(model, data, seq_len=T, batch_size=3)
+    assert counted == 36
+    nats = 0.0
+    stream = data.long()[None]
+    with torch.no_grad():
+        for i in range(
+            1, 37
+        ):  # byte i is predicted in the window that starts at the last multiple of T/2 leaving half of it
+            start = max(0, (i - 1) // (T // 2) * (T // 2) - T // 2)
+            logits = model(stream[:, start:i])[0, -1]
+            nats += float(torch.nn.functional.cross_entropy(logits, stream[0, i]))
+    assert abs(got - nats / 36 / 0.6931471805599453) < 1e-9
+
+
+def test_timing_a_step_changes_nothing(tmp_path, data):
+    trainer = Trainer(CONFIG, TRAIN, data, tmp_path / "run")
+    before = weights(trainer)
+    assert trainer.seconds_per_step(repeats=2) > 0
+    assert identical(weights(trainer), before)
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, data):
+    trainer = Trainer(CONFIG, TRAIN, data, tmp_path / "run")
+
+    def poison(step):
+        if step.step == 3:
+            torch.nn.init.constant_(trainer.model.transformer["ln_f"].weight, float("nan"))
+
+    with pytest.raises(TrainingError, match="step 4: loss nan"):
+        trainer.run(poison)
+    assert checkpoint.list_steps(tmp_path / "run" / "checkpoints") == [2]
+
+
+# -- damaged checkpoints -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path, data):
+    trainer = Trainer(CONFIG, TRAIN, data, tmp_path / "run")
+    trainer.run()
+    return trainer
+
+
+def newest(run):
+    return run.checkpoints / "step-00000006"
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize(
+    "damage, message",
+    [(truncate, "is truncated or was changed"), (flip, "is corrupt"), (lambda p: p.unlink(), "is missing")],
+)
+def test_damage_names_file_fault_and_way_out(run, file, damage, message):
+    damage(newest(run) / file)
+    with pytest.raises(CheckpointError, match=f"{file}.*{message}.*delete the folder .* to go on from step-00000004"):
+        run.resume()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [("{", "state.json' is damaged"), ("[]", "is damaged"), ("{}", "is damaged"), (None, "state.json' is missing")],
+)
+def test_damaged_state(run, content, message):
+    path = newest(run) / "state.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        run.resume()
+
+
+def test_falls_back_when_told_to(run):
+    import shutil
+
+    shutil.rmtree(newest(run))
+    run.resume()
+    assert run.step == 4
+
+
+def test_unfinished_checkpoints_are_not_seen(run):
+    newest(run).rename(run.checkpoints / ".partial-step-00000006-1")
+    assert checkpoint.load(run.checkpoints).path.name == "step-00000004"
+
+
+def test_only_the_newest_are_kept(run):
+    assert checkpoint.list_steps(run.checkpoints) == [4, 6]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            dict(model=dataclasses.replace(CONFIG, hidden_size=32)),
+            "another model config .hidden_size: saved 16, now 32",
+        ),
+        (dict(train=dataclasses.replace(TRAIN, seed=7)), "another training config .seed: saved 0, now 7"),
+    ],
+)
+def test_another_config_is_refused(run, data, change, message):
+    other = Trainer(change.get("model", CONFIG), change.get("train", TRAIN), data, run.out)
+    with pytest.raises(CheckpointError, match=message):
+        other.resume()
+
+
+def test_other_data_is_refused(run, tmp_path):
+    (tmp_path / "texts" / "file03.txt").write_text("changed since")
+    with pytest.raises(CheckpointError, match="another data"):
+        Trainer(CONFIG, TRAIN, load_folder(tmp_path / "texts"), run.out).resume()
+
+
+def test_misfits_are_named_and_leave_the_model_unchanged(run):
+    saved = checkpoint.load(run.checkpoints)
+    model = make_model(dataclasses.replace(CONFIG, pattern="MA", mlp_size=20))
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.raises(
+        CheckpointError,
+        match=r"unexpected: transformer.h.2.*mis-shaped: .*c_fc.weight has shape \[48, 16\], expected \[40, 16\]",
+    ):
+        checkpoint.restore_model(saved, model)
+    assert identical(dict(model.named_parameters()), before)
+    with pytest.raises(CheckpointError, match=r"missing: transformer.h.3"):
+        checkpoint.restore_model(saved, make_model(dataclasses.replace(CONFIG, pattern="MAMM")))
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        checkpoint.load(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="expected a folder step-"):
+        checkpoint.load(tmp_path)
+
+
+def test_failed_write_leaves_the_old_checkpoints(run, monkeypatch):
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_fsync", full)
+    run.step = 7
+    with pytest.raises(CheckpointError, match="No space left on device; free space"):
+        run.save()
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_display_helpers():
+    assert sparkline([3, 2, 1], 3) == "█▅▁"
+    assert sparkline([]) == ""
+    assert sparkline([1.0] * 100, 10) == "▁" * 10
+    assert duration(65) == "1:05"
+    assert duration(7384) == "2:03:04"

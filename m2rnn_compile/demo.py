@@ -8,7 +8,6 @@ import codecs
 import gzip
 import json
 import lzma
-import math
 import os
 import shutil
 import subprocess

@@ -13,7 +13,7 @@ from m2rnn_compile.models import checkpoint
 from m2rnn_compile.models.checkpoint import CheckpointError
 from m2rnn_compile.models.data import load_folder
 from m2rnn_compile.models.display import duration, sparkline
-from m2rnn_compile.models.train import LOG, Trainer, TrainConfig, TrainingError, bits_per_byte, stop_on_signals
+from m2rnn_compile.models.train import LOG, TrainConfig, Trainer, TrainingError, bits_per_byte, stop_on_signals
 from tests.models.helpers import CONFIG, make_model, write_texts
 
 TRAIN = TrainConfig(steps=6, batch_size=2, seq_len=24, warmup=2, checkpoint_every=2, compile=False, threads=1)

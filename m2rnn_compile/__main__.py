@@ -123,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check-export",
         help="reload an exported model and compare its outputs with recorded ones",
-        description="Load a torch.export program and compare it with recorded inputs and outputs; exit status 1 if they differ.",
+        description="Load a torch.export program and compare it with recorded outputs; exit status 1 if they differ.",
     )
     check.add_argument("program", metavar="MODEL.pt2")
     check.add_argument("expected", metavar="EXPECTED.safetensors", help="tensors tokens.I and logits.I")

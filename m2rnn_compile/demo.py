@@ -122,7 +122,8 @@ def _run_folder(args: argparse.Namespace) -> Path:
         runs = [p for p in RUNS.glob("demo-*") if list_steps(p / CHECKPOINTS)]
         if not runs:
             raise UserError(
-                f"nothing to resume: no run with a checkpoint below {str(RUNS)!r}; start one without --resume, or give --out"
+                f"nothing to resume: no run with a checkpoint below {str(RUNS)!r}; start one without --resume, "
+                "or give --out"
             )
         return max(runs, key=lambda p: p.stat().st_mtime)
     out = RUNS / time.strftime("demo-%Y%m%d-%H%M%S") if args.out is None else Path(args.out)
@@ -143,14 +144,22 @@ def _start(args: argparse.Namespace, console: Console, out: Path) -> Trainer:
         threads = args.threads or min(2, os.cpu_count() or 1)
         steps = args.steps or STEPS
         config = TrainConfig(
-            steps=steps, batch_size=8, seq_len=256, learning_rate=6e-3, warmup=50, checkpoint_every=max(1, min(200, steps)),
-            seed=args.seed or 0, threads=threads, compile=not args.eager,
-        )  # fmt: skip
+            steps=steps,
+            batch_size=8,
+            seq_len=256,
+            learning_rate=6e-3,
+            warmup=50,
+            checkpoint_every=min(200, steps),
+            seed=args.seed or 0,
+            threads=threads,
+            compile=not args.eager,
+        )
         model_config, source = MODEL, args.data
     data = _load_data(source)
     if len(data.train) <= config.seq_len:
         raise DataError(
-            f"the training files hold {len(data.train)} bytes in all, fewer than one window of {config.seq_len + 1}; give more text"
+            f"the training files hold {len(data.train)} bytes in all, fewer than one window of "
+            f"{config.seq_len + 1}; give more text"
         )
     trainer = Trainer(model_config, config, data, out)
     if args.resume:
@@ -186,11 +195,13 @@ def _saved_run(out: Path, args: argparse.Namespace) -> tuple[LMConfig, TrainConf
     for option, (new, old) in given.items():
         if new is not None and new != old:
             raise UserError(
-                f"{option} {new} cannot be combined with --resume: the run was started with {old}; leave it out, or start afresh"
+                f"{option} {new} cannot be combined with --resume: the run was started with {old}; leave it "
+                "out, or start afresh"
             )
     if args.minutes is not None:
         raise UserError(
-            f"--minutes cannot be combined with --resume: the run has {config.steps} steps; leave it out, or start afresh"
+            f"--minutes cannot be combined with --resume: the run has {config.steps} steps; leave it out, or "
+            "start afresh"
         )
     if args.eager == config.compile:
         raise UserError(
@@ -232,12 +243,14 @@ def _print_start(console: Console, trainer: Trainer, source: str | None) -> None
         table.add_row("[dim]skipped[/]", escape(named + more))
     table.add_row(
         "[dim]model[/]",
-        f"{model.pattern} (M = M²RNN, A = attention), width {model.hidden_size}, {trainer.model.num_parameters():,} parameters",
+        f"{model.pattern} (M = M²RNN, A = attention), width {model.hidden_size}, "
+        f"{trainer.model.num_parameters():,} parameters",
     )
     mode = "torch.compile(fullgraph=True)" if config.compile else "eager"
     table.add_row(
         "[dim]steps[/]",
-        f"{config.steps} of {config.batch_size} × {config.seq_len} bytes, {mode}, {config.threads} threads, seed {config.seed}",
+        f"{config.steps} of {config.batch_size} × {config.seq_len} bytes, {mode}, {config.threads} threads, "
+        f"seed {config.seed}",
     )
     table.add_row("[dim]folder[/]", escape(str(trainer.out)))
     title = f"resuming at step {trainer.step}" if trainer.step else "M²RNN demo"
@@ -345,7 +358,8 @@ def run_check_export(args: argparse.Namespace, console: Console) -> int:
             agrees &= ok
             shape = "×".join(map(str, tokens.shape))
             console.print(
-                f"  tokens {shape}: max abs difference {difference:.2e}, allowed {allowed:.2e}: {'agrees' if ok else 'DIFFERS'}"
+                f"  tokens {shape}: max abs difference {difference:.2e}, allowed {allowed:.2e}: "
+                f"{'agrees' if ok else 'DIFFERS'}"
             )
     return 0 if agrees else 1
 

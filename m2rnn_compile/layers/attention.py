@@ -157,7 +157,7 @@ class Attention(SequenceMixer):
     def _mask(
         T: int, past: int, device: torch.device, cu_seqlens: Tensor | None, real_BL: Tensor | None
     ) -> Tensor | None:
-        """Which of the past + T keys each of the T queries sees, broadcastable to [B, 1, T, past + T]; None: plain causal."""
+        """Which of the past + T keys each query sees, broadcastable to [B, 1, T, past + T]; None: plain causal."""
         if cu_seqlens is None and real_BL is None:
             return None
         query, key = torch.arange(T, device=device)[:, None] + past, torch.arange(past + T, device=device)[None, :]
@@ -174,7 +174,7 @@ class Attention(SequenceMixer):
 
 
 def apply_rope(x: Tensor, position: Tensor, theta: float) -> Tensor:
-    """Rotate x ``[B, T, heads, head_dim]`` by its position ``[T]``; pairs are (i, i + head_dim/2). Angles in fp32 or wider."""
+    """Rotate x ``[B, T, heads, head_dim]`` by its position ``[T]``, pairs being (i, i + head_dim/2); angles in fp32."""
     half = x.shape[-1] // 2
     acc = torch.promote_types(x.dtype, torch.float32)
     frequency = theta ** (-torch.arange(half, device=x.device, dtype=acc) / half)

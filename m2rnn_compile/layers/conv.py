@@ -11,7 +11,7 @@ from .mixer import positions_in_sequence
 
 
 class CausalConv(nn.Module):
-    """``y_t = Σ_j weight[:, 0, width - 1 - j] · x_{t-j}`` for each channel, x before the start of a sequence being zero.
+    """``y_t = Σ_j weight[:, 0, width - 1 - j] · x_{t-j}`` for each channel; x is zero before a sequence starts.
 
     No bias. The weight is stored as ``nn.Conv1d`` stores it, ``[C, 1, width]``, the last tap being the current step.
     Sums are taken in fp32 (fp64 for fp64 inputs).

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -149,13 +149,15 @@ class M2RNN(SequenceMixer):
         for name, n in heads.items():
             if n < 1 or num_heads % n != 0:
                 raise ValueError(
-                    f"M2RNN: `{name}` must divide `num_heads` = {num_heads}, got {n}; heads are shared by divisibility, "
+                    f"M2RNN: `{name}` must divide `num_heads` = {num_heads}, got {n}; heads are shared by "
+                    "divisibility, "
                     f"so choose one of {[d for d in range(1, num_heads + 1) if num_heads % d == 0]}"
                 )
         widest = max(n for name, n in heads.items() if name != "num_g_heads")
         if widest != num_heads:
             raise ValueError(
-                f"M2RNN: at least one of q, k, v, f, w must have `num_heads` = {num_heads} heads, got at most {widest}; "
+                f"M2RNN: at least one of q, k, v, f, w must have `num_heads` = {num_heads} heads, got at most "
+                f"{widest}; "
                 f"set num_heads={widest}, or give num_v_heads={num_heads}"
             )
 
@@ -167,7 +169,7 @@ class M2RNN(SequenceMixer):
 
         self.qkv_sizes = [num_q_heads * key_dim, num_k_heads * key_dim, self.num_v_heads * value_dim]
         self.projection_sizes = [sum(self.qkv_sizes), self.num_f_heads, self.num_g_heads * value_dim]
-        factory = dict(device=device, dtype=dtype)
+        factory: dict[str, Any] = dict(device=device, dtype=dtype)
         self.input_projection = nn.Linear(hidden_size, sum(self.projection_sizes), bias=False, **factory)
         self.conv1d = CausalConv(self.projection_sizes[0], conv_size, init_std=init_std, **factory)
         self.decay_gate = DecayGate(self.num_f_heads, **factory)
@@ -214,10 +216,10 @@ class M2RNN(SequenceMixer):
             x: ``[B, T, hidden_size]``.
             cache: from `init_cache` or an earlier call; continue from it and return the new one. Never modified. With
                 `cu_seqlens` it holds one row a sequence. A single step runs through `m2rnn_step`.
-            cu_seqlens: int32 or int64 ``[S + 1]`` from 0 to T: sequences packed along time (B = 1); neither the conv nor
-                the recurrence looks across a boundary.
-            attention_mask: ``[B, T]``, False marks *left* padding. Pads never move the state: conv inputs are zero there
-                and f is exactly 1. Outputs at pads are finite and mean nothing.
+            cu_seqlens: int32 or int64 ``[S + 1]`` from 0 to T: sequences packed along time (B = 1); neither the conv
+                nor the recurrence looks across a boundary.
+            attention_mask: ``[B, T]``, False marks *left* padding. Pads never move the state: conv inputs are zero
+                there and f is exactly 1. Outputs at pads are finite and mean nothing.
 
         Returns:
             y ``[B, T, hidden_size]``, or ``(y, new_cache)`` if a cache was given.
@@ -245,12 +247,12 @@ class M2RNN(SequenceMixer):
 
         if single_step:
             assert cache is not None  # for the type checker
-            y, state = m2rnn_step(
+            step = m2rnn_step(
                 q[:, 0], k[:, 0], v[:, 0], f[:, 0], self.state_weight, initial_state=cache.state, impl=self.impl
             )
-            y = y[:, None]
+            y, state = step.y[:, None], step.state
         else:
-            y, state = m2rnn(
+            y, final_state = m2rnn(
                 q,
                 k,
                 v,
@@ -262,10 +264,13 @@ class M2RNN(SequenceMixer):
                 output_final_state=cache is not None,
                 impl=self.impl,
             )
+            if final_state is not None:
+                state = final_state
         out = self._gate_and_norm(y, v, g)
         if cache is None:
             return out
-        return out, M2RNNCache(conv_state, state)  # type: ignore[arg-type]
+        assert conv_state is not None  # for the type checker
+        return out, M2RNNCache(conv_state, state)
 
     def _project(self, x: Tensor, pad: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(q | k | v before the conv, x_f, g) from one matrix product of padded width."""
@@ -284,7 +289,8 @@ class M2RNN(SequenceMixer):
         return self.output_projection(self.g_norm(o.flatten(-2)))
 
     def extra_repr(self) -> str:
-        return f"N={self.num_heads}, K={self.key_dim}, V={self.value_dim}, state_grad_clip={self.state_grad_clip}, impl={self.impl!r}"
+        sizes = f"N={self.num_heads}, K={self.key_dim}, V={self.value_dim}"
+        return f"{sizes}, state_grad_clip={self.state_grad_clip}, impl={self.impl!r}"
 
 
 def _repeat_heads(x: Tensor, N: int) -> Tensor:

@@ -18,9 +18,10 @@ class SequenceMixer(nn.Module):
 
     ``forward(x, *, cache=None, cu_seqlens=None, attention_mask=None)``:
 
-    - ``x [B, T, D]`` gives ``y [B, T, D]``; with a ``cache`` it gives ``(y, new_cache)``. The cache that was passed in is
-      never modified, so it can be kept, branched (`select_rows`) or replayed.
-    - ``cu_seqlens [S + 1]`` (int32 or int64, from 0 to T, B = 1): S sequences packed along time that do not see each other.
+    - ``x [B, T, D]`` gives ``y [B, T, D]``; with a ``cache`` it gives ``(y, new_cache)``. The cache that was passed in
+      is never modified, so it can be kept, branched (`select_rows`) or replayed.
+    - ``cu_seqlens [S + 1]`` (int32 or int64, from 0 to T, B = 1): S sequences packed along time that do not see each
+      other.
     - ``attention_mask [B, T]`` (bool, or 0/1): False marks padding on the *left* of the tokens of this call.
     """
 
@@ -66,7 +67,8 @@ def check_layout(owner: str, x: Tensor, width: int, cu_seqlens: Tensor | None, a
             )
     if attention_mask is not None and attention_mask.shape != x.shape[:2]:
         raise ValueError(
-            f"{owner}: `attention_mask` must have shape [B, T] = {tuple(x.shape[:2])}, got {tuple(attention_mask.shape)}; "
+            f"{owner}: `attention_mask` must have shape [B, T] = {tuple(x.shape[:2])}, got "
+            f"{tuple(attention_mask.shape)}; "
             "it covers the tokens of this call only, not those already in the cache"
         )
 

@@ -14,9 +14,9 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two optimizer groups: decayed and not.
 
     Not decayed are biases, norm weights, and what a module names in its class attribute ``no_weight_decay`` (A_log,
-    dt_bias and D here). The state weight W and the conv weight *are* decayed. The rule goes by module and name, not by an
-    attribute of the parameter, which deepcopy and meta-device initialisation lose. Tied parameters count once; frozen
-    ones are left out.
+    dt_bias and D here). The state weight W and the conv weight *are* decayed. The rule goes by module and name, not by
+    an attribute of the parameter, which deepcopy and meta-device initialisation lose. Tied parameters count once;
+    frozen ones are left out.
 
     Returns:
         Groups ``{"name", "params", "param_names", "weight_decay"}``, ready for any torch optimizer.

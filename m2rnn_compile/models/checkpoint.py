@@ -2,8 +2,8 @@
 """Checkpoints: safetensors for tensors, JSON for the rest, written atomically, checked when read.
 
 A checkpoint is a folder ``step-00000123`` with ``model.safetensors`` (names as in the model), ``optimizer.safetensors``
-(``<state>.<parameter>``) and ``state.json`` (config, step, random state, and a hash of the other two files). It is built
-under a temporary name and renamed when complete, so an interruption leaves either the whole of it or nothing.
+(``<state>.<parameter>``) and ``state.json`` (config, step, random state, and a hash of the other two files). It is
+built under a temporary name and renamed when complete, so an interruption leaves either the whole of it or nothing.
 """
 
 from __future__ import annotations
@@ -161,7 +161,8 @@ def load(path: str | Path) -> Checkpoint:
             raise CheckpointError(f"checkpoint file {str(file)!r} is missing; {out}")
         if file.stat().st_size != size:
             raise CheckpointError(
-                f"checkpoint file {str(file)!r} is truncated or was changed: {file.stat().st_size} bytes, expected {size}; {out}"
+                f"checkpoint file {str(file)!r} is truncated or was changed: {file.stat().st_size} bytes, "
+                f"expected {size}; {out}"
             )
         if _sha256(file) != sha256:
             raise CheckpointError(
@@ -186,7 +187,8 @@ def restore_model(checkpoint: Checkpoint, model: nn.Module) -> None:
     if faults:
         raise CheckpointError(
             f"checkpoint file {str(checkpoint.path / MODEL)!r} does not fit this model: {faults}; "
-            "it was written with another config: build the model from the config in its state.json, or choose another --out"
+            "it was written with another config: build the model from the config in its state.json, or choose "
+            "another --out"
         )
     with torch.no_grad():
         for name, x in own.items():
@@ -210,8 +212,8 @@ def restore_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch
                 if x is None or (x.dim() > 0 and x.shape != p.shape):
                     got = "missing" if x is None else f"of shape {tuple(x.shape)}, expected {tuple(p.shape)}"
                     raise CheckpointError(
-                        f"checkpoint file {str(checkpoint.path / OPTIMIZER)!r} does not fit this model: {name} is {got}; "
-                        + _way_out(checkpoint.path)
+                        f"checkpoint file {str(checkpoint.path / OPTIMIZER)!r} does not fit this model: {name} "
+                        f"is {got}; " + _way_out(checkpoint.path)
                     )
                 restored[key] = x.clone() if x.dim() == 0 else x.to(p.device, copy=True)
             optimizer.state[p] = restored

@@ -57,7 +57,8 @@ def load_folder(
     """Read every text file below `folder`.
 
     Whether a file is held out depends on the hash of its relative path only: the same on every machine, and unmoved by
-    adding other files. If no file's hash falls on one of the two sides, the nearest file is taken, so both are non-empty.
+    adding other files. If no file's hash falls on one of the two sides, the nearest file is taken, so both are
+    non-empty.
 
     Args:
         folder: read recursively, in sorted order; hidden files, links and `SKIPPED_FOLDERS` are passed over.
@@ -67,7 +68,8 @@ def load_folder(
         max_held_out_bytes: use only the first held-out files, up to this size (the rest is not trained on either).
 
     Raises:
-        DataError (a ValueError): the path is missing, not a folder, not readable, or holds fewer than two usable text files.
+        DataError (a ValueError): the path is missing, not a folder, not readable, or holds fewer than two usable text
+            files.
     """
     root = Path(folder)
     if not root.exists():

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,8 @@ def _attention(config: LMConfig, impl: str, factory: dict[str, Any]) -> Sequence
     )
 
 
-# Letter of a pattern -> builder (config, impl of the recurrence, factory keywords) -> mixer. A mixer joins by one entry.
+# Letter of a pattern -> builder (config, impl of the recurrence, factory keywords) -> mixer. A mixer joins by one
+# entry.
 MIXERS: dict[str, Callable[[LMConfig, str, dict[str, Any]], SequenceMixer]] = {"M": _m2rnn, "A": _attention}
 
 
@@ -52,6 +53,14 @@ def build_mixer(
     if letter not in MIXERS:
         raise ValueError(f"pattern {config.pattern!r}: no mixer has the letter {letter!r}; known are {sorted(MIXERS)}")
     return MIXERS[letter](config, impl, dict(device=device, dtype=dtype))
+
+
+class Trunk(nn.Module):
+    """Embedding, blocks, final norm: what the released checkpoints call ``transformer``. `HybridLM` runs them."""
+
+    def __init__(self, wte: nn.Embedding, h: nn.ModuleList, ln_f: RMSNorm) -> None:
+        super().__init__()
+        self.wte, self.h, self.ln_f = wte, h, ln_f
 
 
 class HybridLM(nn.Module):
@@ -84,20 +93,19 @@ class HybridLM(nn.Module):
             )
             for letter in config.pattern
         ]
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.vocab_size, config.hidden_size, **factory),
-                h=nn.ModuleList(blocks),
-                ln_f=RMSNorm(config.hidden_size, eps=config.norm_eps, **factory),
-            )
+        self.transformer = Trunk(
+            nn.Embedding(config.vocab_size, config.hidden_size, **factory),
+            nn.ModuleList(blocks),
+            RMSNorm(config.hidden_size, eps=config.norm_eps, **factory),
         )
-        nn.init.normal_(self.transformer["wte"].weight, std=0.02)
+        nn.init.normal_(self.transformer.wte.weight, std=0.02)
 
     def init_cache(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> tuple[Cache, ...]:
         """Empty decode caches, one a layer, for `batch_size` sequences."""
-        return tuple(b.sequence_mixer.init_cache(batch_size, device=device, dtype=dtype) for b in self.transformer["h"])
+        mixers = [cast(Block, block).sequence_mixer for block in self.transformer.h]
+        return tuple(mixer.init_cache(batch_size, device=device, dtype=dtype) for mixer in mixers)
 
     def forward(
         self,
@@ -127,10 +135,10 @@ class HybridLM(nn.Module):
             raise ValueError(
                 f"HybridLM: `tokens` must be integers [B, T], got {tokens.dtype} of shape {tuple(tokens.shape)}"
             )
-        x = self.transformer["wte"](tokens)
+        x = self.transformer.wte(tokens)
         new_cache: list[Cache] = []
-        for i, block in enumerate(self.transformer["h"]):
-            layout = dict(cu_seqlens=cu_seqlens, attention_mask=attention_mask)
+        for i, block in enumerate(self.transformer.h):
+            layout: dict[str, Any] = dict(cu_seqlens=cu_seqlens, attention_mask=attention_mask)
             if cache is None:
                 x = block(x, **layout)
             else:
@@ -138,7 +146,7 @@ class HybridLM(nn.Module):
                 new_cache.append(layer_cache)
         if logits_to_keep is not None:
             x = x[:, -logits_to_keep:]
-        logits = F.linear(self.transformer["ln_f"](x), self.transformer["wte"].weight)
+        logits = F.linear(self.transformer.ln_f(x), self.transformer.wte.weight)
         return logits if cache is None else (logits, tuple(new_cache))
 
     def loss(

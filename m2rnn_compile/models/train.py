@@ -162,7 +162,8 @@ class Trainer:
             torch.set_rng_state(random_state)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise checkpoint.CheckpointError(
-                f"checkpoint file {str(saved.path / checkpoint.STATE)!r} is damaged ({error}); start afresh in another folder"
+                f"checkpoint file {str(saved.path / checkpoint.STATE)!r} is damaged ({error}); start afresh in "
+                "another folder"
             ) from error
         _cut_log(self.out / LOG, self.step)
 
@@ -191,7 +192,8 @@ class Trainer:
         if not all(map(math.isfinite, values)):
             raise TrainingError(
                 f"step {self.step + 1}: loss {values[0]}, gradient norm {values[1]}: not finite. The checkpoints in "
-                f"{str(self.checkpoints)!r} are from before; start afresh with a lower learning rate (was {self.config.learning_rate})"
+                f"{str(self.checkpoints)!r} are from before; start afresh with a lower learning rate (was "
+                f"{self.config.learning_rate})"
             )
         self.optimizer.step()
         self.step += 1

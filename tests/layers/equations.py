@@ -82,8 +82,8 @@ def assert_same(
 ) -> None:
     """Equal up to `roundings` roundings of the dtype at the size of the largest element.
 
-    For two orders of the same sums in the same dtype: a path of some tens of steps holds a few hundred roundings, and the
-    gains along it are of order one.
+    For two orders of the same sums in the same dtype: a path of some tens of steps holds a few hundred roundings, and
+    the gains along it are of order one.
     """
     if isinstance(got, Tensor):
         got, expected = {"result": got}, {"result": expected}

@@ -255,7 +255,8 @@ def test_weight_decay_groups():
     decay, rest = param_groups(layer, 0.3)
     assert (decay["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
     assert set(rest["param_names"]) == {
-        "m.decay_gate.A_log", "m.decay_gate.dt_bias", "m.D", "m.g_norm.weight", "n.weight", "lin.bias", "ln.weight", "ln.bias",
+        "m.decay_gate.A_log", "m.decay_gate.dt_bias", "m.D", "m.g_norm.weight", "n.weight", "lin.bias",
+        "ln.weight", "ln.bias",
     }  # fmt: skip
     assert {"m.state_weight", "m.conv1d.weight", "lin.weight"} < set(decay["param_names"])
     assert len(decay["params"]) + len(rest["params"]) == len(list(layer.parameters()))
@@ -283,7 +284,7 @@ def test_call_errors():
     layer, x = make(), torch.randn(2, 4, D).double()
     with pytest.raises(ValueError, match=r"`x` must have shape \[B, T, 24\], got \(2, 4, 23\)"):
         layer(x[..., 1:])
-    with pytest.raises(ValueError, match="batch must be 1.*reshape"):
+    with pytest.raises(ValueError, match=r"batch must be 1.*reshape"):
         layer(x, cu_seqlens=cu([4, 4]))
     with pytest.raises(ValueError, match="either `cu_seqlens`"):
         layer(x[:1], cu_seqlens=cu([4]), attention_mask=torch.ones(1, 4))

@@ -162,7 +162,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, data
 
     def poison(step):
         if step.step == 3:
-            torch.nn.init.constant_(trainer.model.transformer["ln_f"].weight, float("nan"))
+            torch.nn.init.constant_(trainer.model.transformer.ln_f.weight, float("nan"))
 
     with pytest.raises(TrainingError, match="step 4: loss nan"):
         trainer.run(poison)

@@ -84,3 +84,11 @@ def test_export_round_trip(layer):
     for shape in ((3, 9), (1, 1), (5, 40)):
         x = torch.randn(*shape, D)
         assert_same(loaded(x), layer(x))
+
+
+def test_dynamic_true(layer):
+    """Then Dynamo makes symbols of the layer's float options too, the clip among them."""
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T in (9, 20):
+        x = torch.randn(2, T, D)
+        assert_same(compiled(x), layer(x))

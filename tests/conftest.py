@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # triton 3.9 warns at every compilation unless told whether to contract a * b + c; this is its default.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+# Inductor's caches on disk know a custom op by its name only: they would run graphs traced with an older fake of ours.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="m2rnn-inductor-"))
 
 import pytest
 import torch

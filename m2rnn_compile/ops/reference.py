@@ -209,7 +209,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, f: Tensor, W: Tensor, initial_state: T
     acc = state_dtype(v)
     q_, k_, v_, f_ = (expand_heads(x.to(acc), N, 1) for x in (q, k, v, f))
     h, _ = one_step(initial_state.to(acc), k_, v_, f_, expand_heads(W.to(acc), N, 0))
-    return readout(h, q_).to(v.dtype), h
+    return readout(h, q_).to(v.dtype).contiguous(), h.contiguous()
 
 
 def availability() -> str | None:

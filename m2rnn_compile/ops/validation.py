@@ -33,10 +33,26 @@ def state_dtype(v: Tensor) -> torch.dtype:
 
 
 def num_checkpoints(B: int, T: int, S: int, chunk: int, packed: bool) -> int:
-    """Slots in the checkpoint tensor; see docs/design.md for which chunk sits where."""
+    """Slots in the checkpoint tensor; see docs/design.md for which chunk sits where.
+
+    Never 1: a size of one makes the compiler guard on it (a tensor with such a dimension is contiguous in more ways),
+    and a graph would be compiled again at the first T beyond one chunk. The slots left over are zero.
+    """
     if chunk == 0:
         return 0
-    return T // chunk + S if packed else (T + chunk - 1) // chunk
+    return T // chunk + S + 1 if packed else T // chunk + 2
+
+
+def new_checkpoints(v: Tensor, N: int, K: int, S: int, chunk: int, packed: bool) -> Tensor:
+    """The checkpoint tensor, [B, NC, N, K, V]: only slots that no chunk will fill are zeroed."""
+    B, T, _, V = v.shape
+    NC = num_checkpoints(B, T, S, chunk, packed)
+    if packed:
+        return v.new_zeros(B, NC, N, K, V, dtype=state_dtype(v))
+    checkpoints = v.new_empty(B, NC, N, K, V, dtype=state_dtype(v))
+    if chunk:
+        checkpoints[:, (T + chunk - 1) // chunk :].zero_()
+    return checkpoints
 
 
 def _is_tensor(name: str, x: object) -> None:

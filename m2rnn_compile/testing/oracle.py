@@ -32,7 +32,7 @@ def run(inputs: ScanInputs, fn: ScanFunction | None = None, *, impl: str = "auto
     y, final_state = fn(q, k, v, f, W, **options) if fn is not None else m2rnn(q, k, v, f, W, impl=impl, **options)  # type: ignore[arg-type]
     assert final_state is not None
     outputs = {"y": (y, inputs.dy), "final_state": (final_state, inputs.dfinal_state)}
-    used = [(o, g.to(o.dtype)) for o, g in outputs.values() if g is not None]
+    used = [(o, g.to(o.dtype)) for o, g in outputs.values() if g is not None and o.requires_grad]
     grads = torch.autograd.grad([o for o, _ in used], list(leaves.values()), [g for _, g in used], allow_unused=True)
     result = {name: o.detach() for name, (o, _) in outputs.items()}
     for (name, x), dx in zip(leaves.items(), grads, strict=True):

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...ops.validation import check_cu_seqlens_values, num_checkpoints, state_dtype
+from ...ops.validation import check_cu_seqlens_values, new_checkpoints, state_dtype
 from .build import availability, library
 
 __all__ = ["availability", "scan", "scan_backward", "step", "unsupported"]
@@ -92,7 +92,7 @@ def _common(
         array = (ctypes.c_int64 * len(bounds))(*bounds)
         alive.append(array)
         args.bounds, args.S = ctypes.addressof(array), len(bounds) - 1
-    args.C, args.NC = chunk, num_checkpoints(B, T, args.S, chunk, cu_seqlens is not None)
+    args.C = chunk
     args.threads, args.is_double = torch.get_num_threads(), v.dtype == torch.float64
     args.clip = math.inf
     return args, alive
@@ -115,9 +115,8 @@ def scan(
     initial = _dense(initial_state, acc)
     y = v.new_empty(args.B, args.T, args.N, args.V)
     final_state = v.new_empty(args.S, args.N, args.K, args.V, dtype=acc)
-    # Packed, some slots belong to no chunk: zeros there, so that the same inputs give the same bits everywhere.
-    new = v.new_empty if cu_seqlens is None else v.new_zeros
-    checkpoints = new(args.B, args.NC, args.N, args.K, args.V, dtype=acc)
+    checkpoints = new_checkpoints(v, args.N, args.K, args.S, chunk, cu_seqlens is not None)
+    args.NC = checkpoints.shape[1]
     args.y = _strided(y)
     args.initial, args.final_state, args.checkpoints = _pointer(initial), final_state.data_ptr(), checkpoints.data_ptr()
     _call("m2rnn_forward", args)
@@ -138,12 +137,13 @@ def scan_backward(
     state_grad_clip: float | None,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Backward: dq, dk, dv, df, dW in their input's shape and dtype, dinitial_state [S, N, K, V] in the state's dtype."""
+    """Backward: dq, dk, dv, df, dW like their inputs, dinitial_state [S, N, K, V] in the state's dtype."""
     if chunk <= 0:
         raise ValueError(f"m2rnn: the backward pass needs checkpoints, so `chunk` must be at least 1, got {chunk}")
     acc = state_dtype(v)
     args, _alive = _common(q, k, v, f, W, cu_seqlens, chunk)
     states = _dense(checkpoints, acc)
+    args.NC = checkpoints.shape[1]
     dfinal = _dense(dfinal_state, acc)
     dq, dk, dv, df = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, f))
     dW = v.new_empty(W.shape, dtype=acc)

@@ -116,7 +116,8 @@ def _compile(command: list[str], target: Path) -> str | None:
             [*command, str(SOURCE), "-o", temporary], capture_output=True, text=True, timeout=BUILD_TIMEOUT_S
         )
         if done.returncode != 0:
-            return f"`{shlex.join(command)}` failed with exit code {done.returncode}: {(done.stderr or done.stdout).strip()}"
+            said = (done.stderr or done.stdout).strip()
+            return f"`{shlex.join(command)}` failed with exit code {done.returncode}: {said}"
         os.chmod(temporary, 0o755)
         os.replace(temporary, target)
         return None

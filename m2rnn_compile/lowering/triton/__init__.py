@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops.validation import num_checkpoints
+from ...ops.validation import new_checkpoints
 from .backward import scan_backward_kernel
 from .config import LaunchConfig, backward_config, forward_config, next_power_of_2
 from .forward import scan_forward_kernel
@@ -57,9 +57,7 @@ def _numerics(v: Tensor, hardware_tanh: bool | None) -> dict[str, Any]:
 
 
 def _groups(N: int, q: Tensor, k: Tensor, v: Tensor, f: Tensor, W: Tensor) -> dict[str, int]:
-    return dict(
-        Gq=N // q.shape[2], Gk=N // k.shape[2], Gv=N // v.shape[2], Gf=N // f.shape[2], Gw=N // W.shape[0]
-    )
+    return dict(Gq=N // q.shape[2], Gk=N // k.shape[2], Gv=N // v.shape[2], Gf=N // f.shape[2], Gw=N // W.shape[0])
 
 
 def scan(
@@ -77,13 +75,12 @@ def scan(
     hardware_tanh: bool | None = None,
     gluon: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, final state, checkpoints); see docs/design.md. `config`, `hardware_tanh`, `gluon` are for tuning and tests."""
+    """(y, final state, checkpoints); see docs/design.md. The keyword arguments are for tuning and tests."""
     B, T, _, K = q.shape
     V = v.shape[3]
     N = max(q.shape[2], k.shape[2], v.shape[2], f.shape[2], W.shape[0])
     packed = cu_seqlens is not None
     S = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else B
-    NC = num_checkpoints(B, T, S, chunk, packed)
     BV = max(16, next_power_of_2(V))
     config = config or forward_config(S * N, K, BV, _multiprocessors(q.device))
     blocks = triton.cdiv(K, config.rows)
@@ -91,7 +88,8 @@ def scan(
     y = v.new_empty(B, T, N, V)
     y_part = y if blocks == 1 else v.new_empty(blocks, B, T, N, V, dtype=torch.float32)
     final = v.new_empty(S, N, K, V, dtype=torch.float32)
-    checkpoints = v.new_empty(B, NC, N, K, V, dtype=torch.float32)
+    checkpoints = new_checkpoints(v, N, K, S, chunk, packed)
+    NC = checkpoints.shape[1]
     if S * N == 0:
         return y, final, checkpoints
     h0 = None if initial_state is None else initial_state.to(torch.float32).contiguous()

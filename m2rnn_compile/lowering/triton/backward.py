@@ -9,9 +9,9 @@
              dq = H dy      dk = dU v      dv = dUᵀ k      df = Σ D ⊙ (H' - Z)      dW += H'ᵀ dU      (H' = H_{t-1})
              carry = f D + dU Wᵀ
 
-Nothing is added atomically: what must be summed over heads or blocks of rows is written as partials and added in a fixed
-order by `reduce.py`. The host calls this kernel for one window of time after the other, so that partials stay small; carry
-and dW pass from window to window in memory.
+Nothing is added atomically: what must be summed over heads or blocks of rows is written as partials and added in a
+fixed order by `reduce.py`. The host calls this kernel for one window of time after the other, so that partials stay
+small; carry and dW pass from window to window in memory.
 """
 
 from __future__ import annotations
@@ -55,7 +55,11 @@ def _step_back(
     tl.store(dk_at + t * dk_st, dk.to(dk_at.dtype.element_ty), mask=rows < tl.where(ok, K, 0))
     tl.store(dv_at + t * dv_st, dv.to(dv_at.dtype.element_ty), mask=cols < tl.where(ok, V, 0))
     dW = product(tl.trans(h_before), dU.to(DOT), dW, DOT)
-    carry = product(dU, Wt, f * D, DOT)
+    # f near 1: adding the products to f D one by one would round at the size of f D every time.
+    if DOT == tl.float32:  # noqa: SIM300
+        carry = f * D + product(dU, Wt, tl.zeros_like(D), DOT)
+    else:
+        carry = product(dU, Wt, f * D, DOT)
     return carry, dW
 
 
@@ -134,7 +138,8 @@ def scan_backward_kernel(
         tl.store(scratch, h)
         for g in range(0, groups - 1):  # full groups only: no masks on time
             for u in tl.static_range(4):
-                k, v, f = _load_step(k_at, v_at, f_at, k_st, v_st, f_st, t0 + (g * 4 + u), t0 + (g * 4 + u) < length, rows, cols, K, V)
+                t = t0 + (g * 4 + u)
+                k, v, f = _load_step(k_at, v_at, f_at, k_st, v_st, f_st, t, t < length, rows, cols, K, V)
                 h, _ = step(h, k, v, f, W, DOT, HARDWARE)
             tl.store(scratch + (g + 1) * (BK * BV), h)
         tl.debug_barrier()  # scratch is read by other threads of this program than those that wrote it

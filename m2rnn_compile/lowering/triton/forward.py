@@ -9,8 +9,8 @@
               H = f H + (1 - f) tanh(H W + k vᵀ)
               y[t, n] = Hᵀ q               (a sum over rows: with several blocks of rows, an fp32 partial each)
 
-One warp per program keeps the chain of steps free of barriers: on 16-row tiles the accumulator of one product is, register
-for register, the left operand of the next. Inputs of step t+1 are loaded before step t is computed.
+One warp per program keeps the chain of steps free of barriers: on 16-row tiles the accumulator of one product is,
+register for register, the left operand of the next. Inputs of step t+1 are loaded before step t is computed.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The forward scan for 16-bit inputs on NVIDIA GPUs, in Gluon: `forward.py` with every layout chosen by hand.
 
-Why beside the portable kernel: Triton puts the constant W in shared memory and reads it back every step, and passes every
+Why beside the portable kernel: Triton puts the constant W in shared memory, reads it back every step, and passes every
 row of y through shared memory behind a barrier. Here W, H and every input stay in registers, no barrier is left in the
-loop, and the sum over rows of four steps is taken at once.
+chain of steps, and the sum over rows of four steps is taken at once.
 
-Rows of H never mix, so which row sits at which position of the tile is free. Position j * 8 + g holds row g * (BK / 8) + j:
-the rows of one thread are then neighbours in memory and its part of k or q is one load.
+Rows of H never mix, so which row sits at which position of the tile is free. Position j * 8 + g holds row
+g * (BK / 8) + j: the rows of one thread are then neighbours in memory and its part of k or q is one load.
 """
 
 from __future__ import annotations
@@ -144,8 +144,12 @@ def scan_forward_gluon_kernel(
     y_offset = y_step * (N * V) + yc
     y_at = y_ptr + block * y_skb + ((b * T + first) * N + n) * V
 
-    at = gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(1, B)), 1) * V + gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(0, B)), 0)
-    W_ok = gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(1, B)) < V, 1) & gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(0, B)) < V, 0)
+    at = gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(1, B)), 1) * V + gl.expand_dims(
+        gl.arange(0, BV, gl.SliceLayout(0, B)), 0
+    )
+    W_ok = gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(1, B)) < V, 1) & gl.expand_dims(
+        gl.arange(0, BV, gl.SliceLayout(0, B)) < V, 0
+    )
     W = gl.load(W_ptr + (n // Gw) * (V * V) + at, mask=W_ok, other=0.0).to(q_ptr.dtype.element_ty)
     if HAS_H0:
         h = gl.load(h0_ptr + sn * (K * V) + state, mask=in_state, other=0.0)
@@ -153,20 +157,36 @@ def scan_forward_gluon_kernel(
         h = gl.full((BK, BV), 0.0, gl.float32, MMA)
 
     groups = (length + 3) // 4
-    k0, v0, q0, f0 = load_step(0, length, k_at, v_at, q_at, f_at, k_st, v_st, q_st, f_st, ks, vs, qs, row_ok, col_ok, EVEN, BK, ROW)
-    k1, v1, q1, f1 = load_step(1, length, k_at, v_at, q_at, f_at, k_st, v_st, q_st, f_st, ks, vs, qs, row_ok, col_ok, EVEN, BK, ROW)
-    k2, v2, q2, f2 = load_step(2, length, k_at, v_at, q_at, f_at, k_st, v_st, q_st, f_st, ks, vs, qs, row_ok, col_ok, EVEN, BK, ROW)
-    k3, v3, q3, f3 = load_step(3, length, k_at, v_at, q_at, f_at, k_st, v_st, q_st, f_st, ks, vs, qs, row_ok, col_ok, EVEN, BK, ROW)
+    k0, v0, q0, f0 = load_step(
+        0, length, k_at, v_at, q_at, f_at, k_st, v_st, q_st, f_st, ks, vs, qs, row_ok, col_ok, EVEN, BK, ROW
+    )
+    k1, v1, q1, f1 = load_step(
+        1, length, k_at, v_at, q_at, f_at, k_st, v_st, q_st, f_st, ks, vs, qs, row_ok, col_ok, EVEN, BK, ROW
+    )
+    k2, v2, q2, f2 = load_step(
+        2, length, k_at, v_at, q_at, f_at, k_st, v_st, q_st, f_st, ks, vs, qs, row_ok, col_ok, EVEN, BK, ROW
+    )
+    k3, v3, q3, f3 = load_step(
+        3, length, k_at, v_at, q_at, f_at, k_st, v_st, q_st, f_st, ks, vs, qs, row_ok, col_ok, EVEN, BK, ROW
+    )
     for g in range(0, groups):
         if SAVE:
             if g % (C // 4) == 0:
                 gl.store(ckpt_at + state, h, mask=in_state)
                 ckpt_at += N * K * V
         left = length - g * 4
-        kn0, vn0, qn0, fn0 = load_step(g * 4 + 4, length, k_at, v_at, q_at, f_at, k_st, v_st, q_st, f_st, ks, vs, qs, row_ok, col_ok, EVEN, BK, ROW)
-        kn1, vn1, qn1, fn1 = load_step(g * 4 + 5, length, k_at, v_at, q_at, f_at, k_st, v_st, q_st, f_st, ks, vs, qs, row_ok, col_ok, EVEN, BK, ROW)
-        kn2, vn2, qn2, fn2 = load_step(g * 4 + 6, length, k_at, v_at, q_at, f_at, k_st, v_st, q_st, f_st, ks, vs, qs, row_ok, col_ok, EVEN, BK, ROW)
-        kn3, vn3, qn3, fn3 = load_step(g * 4 + 7, length, k_at, v_at, q_at, f_at, k_st, v_st, q_st, f_st, ks, vs, qs, row_ok, col_ok, EVEN, BK, ROW)
+        kn0, vn0, qn0, fn0 = load_step(
+            g * 4 + 4, length, k_at, v_at, q_at, f_at, k_st, v_st, q_st, f_st, ks, vs, qs, row_ok, col_ok, EVEN, BK, ROW
+        )
+        kn1, vn1, qn1, fn1 = load_step(
+            g * 4 + 5, length, k_at, v_at, q_at, f_at, k_st, v_st, q_st, f_st, ks, vs, qs, row_ok, col_ok, EVEN, BK, ROW
+        )
+        kn2, vn2, qn2, fn2 = load_step(
+            g * 4 + 6, length, k_at, v_at, q_at, f_at, k_st, v_st, q_st, f_st, ks, vs, qs, row_ok, col_ok, EVEN, BK, ROW
+        )
+        kn3, vn3, qn3, fn3 = load_step(
+            g * 4 + 7, length, k_at, v_at, q_at, f_at, k_st, v_st, q_st, f_st, ks, vs, qs, row_ok, col_ok, EVEN, BK, ROW
+        )
         h = advance(h, k0, v0, keep(f0, left, 0), W, A, MMA)
         p0 = rows_in_thread(h, q0, BK, BV)
         h = advance(h, k1, v1, keep(f1, left, 1), W, A, MMA)

@@ -9,13 +9,20 @@ import triton.language as tl
 
 @triton.jit
 def tanh_exact(x):
-    """tanh to a few ulp of fp32: (1 - e) / (1 + e) with e = exp(-2|x|), and its odd series where that cancels."""
+    """tanh to a few ulp of fp32: 1 - 2e / (1 + e) with e = exp(-2|x|), and its odd series where that cancels."""
     a = tl.abs(x)
     e = tl.exp(-2.0 * a)
-    big = (1.0 - e) / (1.0 + e)
+    big = 1.0 - tl.div_rn(2.0 * e, 1.0 + e)
     s = x * x
-    small = a * (1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835)))))
-    r = tl.where(a < 0.25, small, big)
+    p = -929569.0 / 638512875
+    p = 21844.0 / 6081075 + s * p
+    p = -1382.0 / 155925 + s * p
+    p = 62.0 / 2835 + s * p
+    p = -17.0 / 315 + s * p
+    p = 2.0 / 15 + s * p
+    p = -1.0 / 3 + s * p
+    small = a + a * (s * p)
+    r = tl.where(a < 0.5, small, big)
     return tl.where(x < 0, -r, r)
 
 

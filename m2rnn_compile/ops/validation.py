@@ -7,7 +7,6 @@ The *values* of `cu_seqlens` are checked by `check_cu_seqlens_values`, which the
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -113,7 +112,7 @@ def check_clip(state_grad_clip: float | None) -> None:
         return
     if isinstance(state_grad_clip, bool) or not isinstance(state_grad_clip, (int, float)):
         raise TypeError(f"m2rnn: `state_grad_clip` must be a float or None, got {type(state_grad_clip).__name__}")
-    if math.isnan(state_grad_clip) or state_grad_clip < 0:
+    if not state_grad_clip >= 0:  # NaN too; math.isnan cannot be traced where dynamic=True makes the clip a symbol
         raise ValueError(f"m2rnn: `state_grad_clip` must be >= 0, got {state_grad_clip}; use None for no clipping")
 
 

@@ -55,11 +55,7 @@ def _step_back(
     tl.store(dk_at + t * dk_st, dk.to(dk_at.dtype.element_ty), mask=rows < tl.where(ok, K, 0))
     tl.store(dv_at + t * dv_st, dv.to(dv_at.dtype.element_ty), mask=cols < tl.where(ok, V, 0))
     dW = product(tl.trans(h_before), dU.to(DOT), dW, DOT)
-    # f near 1: adding the products to f D one by one would round at the size of f D every time.
-    if DOT == tl.float32:  # noqa: SIM300
-        carry = f * D + product(dU, Wt, tl.zeros_like(D), DOT)
-    else:
-        carry = product(dU, Wt, f * D, DOT)
+    carry = product(dU, Wt, f * D, DOT)
     return carry, dW
 
 

@@ -42,8 +42,15 @@ def tanh(x, HARDWARE: tl.constexpr):
 
 @triton.jit
 def product(a, b, acc, DOT: tl.constexpr):
-    """acc + a b with operands rounded to DOT and fp32 accumulation; fp32 operands are never rounded to TF32."""
-    return tl.dot(a.to(DOT), b, acc=acc, input_precision="ieee")
+    """acc + a b with operands rounded to DOT and fp32 accumulation; fp32 operands are never rounded to TF32.
+
+    For 16-bit operands the sum starts at acc, which is free. In fp32 every term would then round at the size of acc
+    (with f near 1, f D is a thousand times dU Wᵀ), so there the products are summed first.
+    """
+    if DOT == tl.float32:  # noqa: SIM300
+        return acc + tl.dot(a, b, acc=tl.zeros_like(acc), input_precision="ieee")
+    else:
+        return tl.dot(a.to(DOT), b, acc=acc)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from ...ops.validation import new_checkpoints
 from .backward import scan_backward_kernel
 from .config import LaunchConfig, backward_config, forward_config, next_power_of_2
 from .forward import scan_forward_kernel
-from .gluon import forward_gluon_kernel, gluon_unsupported
+from .gluon import aligned, backward_gluon_kernel, forward_gluon_kernel, gluon_unsupported, strides
 from .reduce import reduce_kernel
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -23,6 +23,8 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 MAX_V = 128
 # Backward's partials of one window of time; small enough to stay in a 50 MB L2, large enough for few launches.
 WINDOW_BYTES = 128 * 2**20
+# Steps between two states that the Gluon forward keeps: 16-bit, so two of them fill one fp32 checkpoint of the op.
+GLUON_CHUNK = 32
 
 
 def availability() -> str | None:
@@ -96,22 +98,27 @@ def scan(
     W = W.contiguous()
     numerics = _numerics(v, hardware_tanh)
     if gluon is None:
-        gluon = T > 0 and numerics["HARDWARE"] and gluon_unsupported(q.device, V, chunk) is None
+        gluon = numerics["HARDWARE"] and gluon_unsupported(v, K, chunk) is None
+    if gluon and chunk and triton.cdiv(T, GLUON_CHUNK) % 2:
+        checkpoints[:, T // chunk].zero_()  # half of it stays unused
+    if gluon:
+        q, k, v, f = aligned(q), aligned(k), aligned(v), f.float()
     arguments = (
         q, k, v, f, W, h0 if h0 is not None else W, cu_seqlens if cu_seqlens is not None else W,
-        y_part, final, checkpoints,
-        T, NC, *q.stride(), *k.stride(), *v.stride(), *f.stride(), y_part.stride(0) if blocks > 1 else 0,
+        y_part, final, checkpoints.view(v.dtype) if gluon else checkpoints,
+        T, NC, *strides(q), *strides(k), *strides(v), *strides(f), y_part.stride(0) if blocks > 1 else 0,
     )  # fmt: skip
     constants = dict(
-        N=N, K=K, V=V, **_groups(N, q, k, v, f, W), BK=config.rows, BV=BV, C=max(chunk, 4 if gluon else 1),
-        PACKED=packed, HAS_H0=h0 is not None, SAVE=chunk > 0, num_warps=1 if gluon else config.warps,
+        N=N, K=K, V=V, **_groups(N, q, k, v, f, W), BK=config.rows, BV=BV,
+        PACKED=packed, HAS_H0=h0 is not None, SAVE=chunk > 0,
     )  # fmt: skip
     with _on_device(q):
         if gluon:
-            wide = max(K * q.stride(3), K * k.stride(3), V * v.stride(3)) >= 2**31
-            forward_gluon_kernel()[(S * N, blocks)](*arguments, **constants, WIDE=wide)
+            forward_gluon_kernel()[(S * N, blocks)](*arguments, **constants, C=GLUON_CHUNK, U=8, num_warps=1)
         else:
-            scan_forward_kernel[(S * N, blocks)](*arguments, **constants, **numerics)
+            scan_forward_kernel[(S * N, blocks)](
+                *arguments, **constants, C=max(chunk, 1), **numerics, num_warps=config.warps
+            )
         if blocks > 1:
             _reduce(y_part, y, 1, blocks, T, 0)
     return y, final, checkpoints
@@ -149,7 +156,7 @@ def scan_backward(
     config: LaunchConfig | None = None,
     hardware_tanh: bool | None = None,
     window_bytes: int = WINDOW_BYTES,
-    scratch_dtype: torch.dtype | None = None,
+    gluon: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of everything, window of time by window; see docs/design.md and `backward.py`."""
     B, T, _, K = q.shape
@@ -170,20 +177,30 @@ def scan_backward(
     if S * N == 0 or T == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), df.zero_(), torch.zeros_like(W).contiguous(), carry
 
-    group_rows = triton.cdiv(chunk, 4)
-    scratch = v.new_empty(S * N * blocks, group_rows, config.rows, BV, dtype=scratch_dtype or torch.float32)
-    per_chunk = 4 * chunk * B * N * (2 * K + blocks * (V + 1))
-    chunks = triton.cdiv(T, chunk)
-    step = chunks if packed else min(chunks, max(1, window_bytes // max(1, per_chunk)))
     W_ = W.contiguous()
     clips = state_grad_clip is not None and state_grad_clip != float("inf")
+    numerics = _numerics(v, hardware_tanh)
+    paired = numerics["HARDWARE"] and gluon_unsupported(v, K, chunk) is None  # what the forward left
+    gluon = paired and BV == 16 if gluon is None else gluon
+    if paired:
+        chunk, checkpoints = GLUON_CHUNK, checkpoints.view(v.dtype)
+    if gluon:
+        q, k, v, f, dy = aligned(q), aligned(k), aligned(v), f.float(), None if dy is None else aligned(dy)
+    low = v.dtype if gluon else torch.float32
+    per_chunk = chunk * B * N * (low.itemsize * (2 * K + blocks * V) + 4 * blocks)
+    chunks = triton.cdiv(T, chunk)
+    step = chunks if packed else min(chunks, max(1, window_bytes // max(1, per_chunk)))
     width = T if packed else min(T, step * chunk)
     parts = {
-        "q": v.new_empty(B * width * N * K, dtype=torch.float32),
-        "k": v.new_empty(B * width * N * K, dtype=torch.float32),
-        "v": v.new_empty(blocks * B * width * N * V, dtype=torch.float32),
+        "q": v.new_empty(B * width * N * K, dtype=low),
+        "k": v.new_empty(B * width * N * K, dtype=low),
+        "v": v.new_empty(blocks * B * width * N * V, dtype=low),
         "f": v.new_empty(blocks * B * width * N, dtype=torch.float32),
     }
+    if not gluon:
+        scratch = v.new_empty(S * N * blocks, triton.cdiv(chunk, 4), config.rows, BV, dtype=torch.float32)
+    if dy is None:
+        dq.zero_()
     with _on_device(q):
         for last in range(chunks, 0, -step):
             first = max(0, last - step)
@@ -193,20 +210,31 @@ def scan_backward(
             p_k = parts["k"][: B * window * N * K].view(1, B, window, N, K)
             p_v = parts["v"][: blocks * B * window * N * V].view(blocks, B, window, N, V)
             p_f = parts["f"][: blocks * B * window * N].view(blocks, B, window, N)
-            scan_backward_kernel[(S * N, blocks)](
-                q, k, v, f, W_, dy if dy is not None else q, cu_seqlens if cu_seqlens is not None else W_,
-                checkpoints, carry, dW_part, scratch, p_q, p_k, p_v, p_f,
+            arguments = (
+                p_q, p_k, p_v, p_f,
                 T, checkpoints.shape[1], first, last, window, float(state_grad_clip or 0.0),
-                *q.stride(), *k.stride(), *v.stride(), *f.stride(),
-                *(dy.stride() if dy is not None else (0, 0, 0, 0)),
+                *strides(q), *strides(k), *strides(v), *strides(f), *(strides(dy) if dy is not None else (0, 0, 0, 1)),
                 p_v.stride(0), p_f.stride(0),
-                N=N, K=K, V=V, **groups, BK=config.rows, BV=BV, C=chunk,
-                PACKED=packed, HAS_DY=dy is not None, CLIP=clips, **_numerics(v, hardware_tanh),
-                num_warps=config.warps,
             )  # fmt: skip
-            if dy is None:
-                p_q.zero_()
-            _reduce(p_q, dq, groups["Gq"], 1, window, t_first)
+            constants = dict(
+                N=N, K=K, V=V, **groups, BK=config.rows, BV=BV, C=chunk,
+                PACKED=packed, HAS_DY=dy is not None, CLIP=clips,
+            )  # fmt: skip
+            inputs = (
+                q, k, v, f, W_, dy if dy is not None else q, cu_seqlens if cu_seqlens is not None else W_,
+                checkpoints, carry, dW_part,
+            )  # fmt: skip
+            if gluon:
+                backward_gluon_kernel()[(S * N, blocks)](
+                    *inputs, *arguments, **constants, num_warps=1, maxnreg=config.registers
+                )
+            else:
+                scan_backward_kernel[(S * N, blocks)](
+                    *inputs, scratch, *arguments, **constants, SLOTS=2 if paired else 1, **numerics,
+                    num_warps=config.warps,
+                )  # fmt: skip
+            if dy is not None:
+                _reduce(p_q, dq, groups["Gq"], 1, window, t_first)
             _reduce(p_k, dk, groups["Gk"], 1, window, t_first)
             _reduce(p_v, dv, groups["Gv"], blocks, window, t_first)
             _reduce(p_f, df, groups["Gf"], blocks, window, t_first)

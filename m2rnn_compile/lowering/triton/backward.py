@@ -70,7 +70,7 @@ def scan_backward_kernel(
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     Gq: tl.constexpr, Gk: tl.constexpr, Gv: tl.constexpr, Gf: tl.constexpr, Gw: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    PACKED: tl.constexpr, HAS_DY: tl.constexpr, CLIP: tl.constexpr,
+    SLOTS: tl.constexpr, PACKED: tl.constexpr, HAS_DY: tl.constexpr, CLIP: tl.constexpr,
     DOT: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(1).to(tl.int64)
@@ -90,7 +90,7 @@ def scan_backward_kernel(
         last = tl.minimum(tl.maximum(last, first), T)
         length = (last - first).to(tl.int32)
         b = s * 0
-        slot = first // C + s
+        slot = first // (SLOTS * C) + s
         c_last = (length + C - 1) // C
         c_first = 0
         origin = first  # partials of the only window start at time 0
@@ -130,7 +130,9 @@ def scan_backward_kernel(
         c = c_last - 1 - i
         t0 = (c * C).to(tl.int64)
         groups = (tl.minimum(length - c * C, C) + 3) // 4
-        h = tl.load(ckpt_ptr + ((slot + c) * N + n) * (K * V) + state, mask=in_state, other=0.0)
+        # SLOTS = 2: two 16-bit states in the place of one in fp32, as forward_gluon.py writes them
+        ckpt_at = ckpt_ptr + ((slot + c // SLOTS) * N + n) * (SLOTS * K * V) + c % SLOTS * (K * V)
+        h = tl.load(ckpt_at + state, mask=in_state, other=0.0).to(tl.float32)
         tl.store(scratch, h)
         for g in range(0, groups - 1):  # full groups only: no masks on time
             for u in tl.static_range(4):

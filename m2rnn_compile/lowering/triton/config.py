@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 
 class LaunchConfig(NamedTuple):
-    """Rows of the state per program and warps per program."""
+    """Rows of the state per program, warps per program, and the most registers of a thread (None: the compiler's)."""
 
     rows: int
     warps: int
+    registers: int | None = None
 
 
 def next_power_of_2(n: int) -> int:

@@ -10,12 +10,13 @@ import functools
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @functools.lru_cache(None)
 def _import_error() -> str | None:
     try:
-        from . import forward_gluon  # noqa: F401
+        from . import backward_gluon, forward_gluon  # noqa: F401
     except (ImportError, AttributeError) as e:
         return f"this Triton has no usable Gluon: {e}"
     return None
@@ -30,16 +31,40 @@ def _device_reason(device: torch.device) -> str | None:
     return None
 
 
-def gluon_unsupported(device: torch.device, V: int, chunk: int) -> str | None:
-    """Why the portable kernel must run instead, or None."""
+def gluon_unsupported(v: Tensor, K: int, chunk: int) -> str | None:
+    """Why the portable kernel must run instead of the Gluon forward, or None."""
+    V = v.shape[-1]
+    if v.dtype not in (torch.bfloat16, torch.float16):
+        return "the products are of 16-bit operands"
     if V > 64:
         return "wider V does not fit the registers of one warp"
-    if chunk % 4:
-        return "steps are taken in groups of four, so checkpoints must be too"
-    return _device_reason(device) or _import_error()
+    if K % 16 or V % 16:
+        return "inputs are copied 16 bytes at a time, aligned"
+    if chunk % 64:
+        return "a chunk is two of 32 steps"
+    return _device_reason(v.device) or _import_error()
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy of it where its last dimension is strided or its lines do not start at 16 bytes."""
+    lines = [s for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
+    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in lines):
+        return x
+    return x.contiguous()
+
+
+def strides(x: Tensor) -> tuple[int, ...]:
+    """Strides with 0 for dimensions of size 1, whose stride means nothing but would count as unaligned."""
+    return tuple(0 if n == 1 and i < x.dim() - 1 else s for i, (n, s) in enumerate(zip(x.shape, x.stride(), strict=True)))
 
 
 def forward_gluon_kernel() -> Any:
     from .forward_gluon import scan_forward_gluon_kernel
 
     return scan_forward_gluon_kernel
+
+
+def backward_gluon_kernel() -> Any:
+    from .backward_gluon import scan_backward_gluon_kernel
+
+    return scan_backward_gluon_kernel

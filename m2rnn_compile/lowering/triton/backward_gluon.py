@@ -21,8 +21,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from .tile import (
-    LEFT, LINE, MMA, RIGHT, ROW_MAJOR, advance, clamp, column_of, columns, columns_as_right_operand, finish_gate, gate,
-    left_operand, load_W, multiply, row_of, rows, rows_as_left_operand, stage_gate, stage_rows, steps_of,
+    LEFT, LINE, MMA, RIGHT, ROW_MAJOR, advance, clamp, column_of, columns, column_of_right_operand, finish_gate, gate,
+    left_operand, load_W, multiply, only_column, row_of, rows, rows_as_left_operand, stage_gate, stage_rows, steps_of,
     tile_in_shared, turned,
 )  # fmt: skip
 
@@ -36,7 +36,7 @@ def redo(h, h_low, ks, vs, fs, dys, t, u: gl.constexpr, W, dq, BK: gl.constexpr,
     s = ((1.0 - f) * (1.0 - z * z)).to(LOW)
     h_low = h.to(LOW)
     if HAS_DY:
-        dq = mma_v2(left_operand(h_low), columns_as_right_operand(columns(dys, t, BV), u, BV), dq)
+        dq = mma_v2(left_operand(h_low), column_of_right_operand(dys, t, u, BV), dq)
     return h, h_low, e.to(LOW), s, dq
 
 
@@ -49,13 +49,12 @@ def undo(carry, h_low, e, s, qs, ks, vs, fs, dys, t, u: gl.constexpr, Wt, dk_df,
     if CLIP:
         d = clamp(d, clip)
     if HAS_DY:
-        d = d + rows(qs, t, BK).to(gl.float32) * columns(dys, t, BV).to(gl.float32)
+        d = d + rows(qs, t, BK) * columns(dys, t, BV)
     d_low = d.to(LOW)
     du = multiply(d_low, s)
     carry = mma_v2(left_operand(du), Wt, gate(fs, t) * d)
-    ones = gl.full((1, BV), 1.0, LOW, MMA)
-    dk_df = mma_v2(left_operand(du), columns_as_right_operand(columns(vs, t, BV), u, BV), dk_df)
-    dk_df = mma_v2(left_operand(multiply(d_low, e)), columns_as_right_operand(ones, 4 + u, BV), dk_df)
+    dk_df = mma_v2(left_operand(du), column_of_right_operand(vs, t, u, BV), dk_df)
+    dk_df = mma_v2(left_operand(multiply(d_low, e)), only_column(gl.full((BV, 8), 1.0, LOW, RIGHT), 4 + u, BV), dk_df)
     du_turned = gl.convert_layout(turned(du, BK, BV), RIGHT, assert_trivial=True)
     dv = mma_v2(rows_as_left_operand(ks, t, u, BK), du_turned, dv)
     dW = mma_v2(gl.convert_layout(turned(h_low, BK, BV).permute((1, 0)), LEFT, assert_trivial=True), du_turned, dW)

@@ -3,8 +3,8 @@
 
 Why beside the portable kernel: there Triton puts the constant W in shared memory, reads it back every step, and takes
 the sum over rows for y through shuffles and a barrier. Here W and H stay in registers, a chunk of inputs is copied to
-shared memory while the one before it is worked on, and y is a tensor-core product: U steps share one accumulator, step
-u its row u.
+shared memory while the one before it is worked on, and the sum over rows, taken by each thread over its own, is
+finished through shared memory once for U steps. (As a tensor-core product y cost twice as much: docs/kernel-notes.md.)
 
 Checkpoints are 16-bit states every C steps (as products see them), two in the place of one fp32 state every 2C steps.
 """
@@ -13,12 +13,19 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from .tile import (
-    LINE, MMA, RIGHT, ROW_MAJOR, advance, column_of, columns, finish_gate, gate, load_W, row_of, rows,
-    rows_as_left_operand, stage_gate, stage_rows, steps_of, turned,
+    LINE, LINES, MMA, ROW_MAJOR, advance, column_of, columns, finish_gate, gate, in_lines, lanes_in_thread, load_W, row_of, rows, stage_gate,
+    stage_rows, steps_of, sum_own_rows,
 )  # fmt: skip
+
+
+@gluon.jit
+def walk(h, ks, vs, fs, qs, t, W, BK: gl.constexpr, BV: gl.constexpr):
+    """One step: the state, and each thread's part of y."""
+    h, _, _ = advance(h, h.to(W.dtype), rows(ks, t, BK), columns(vs, t, BV), gate(fs, t), W)
+    return h, sum_own_rows(h * rows(qs, t, BK), BK, BV)
 
 
 @gluon.jit(do_not_specialize=["T", "NC"])
@@ -30,7 +37,7 @@ def scan_forward_gluon_kernel(
     N: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
     Gq: gl.constexpr, Gk: gl.constexpr, Gv: gl.constexpr, Gf: gl.constexpr, Gw: gl.constexpr,
     BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr,
-    PACKED: gl.constexpr, HAS_H0: gl.constexpr, SAVE: gl.constexpr, U: gl.constexpr,
+    PACKED: gl.constexpr, HAS_H0: gl.constexpr, SAVE: gl.constexpr,
 ):  # fmt: skip
     LOW: gl.constexpr = v_ptr.dtype.element_ty
 
@@ -59,6 +66,8 @@ def scan_forward_gluon_kernel(
     qs = gl.allocate_shared_memory(LOW, [2, C, BK], ROW_MAJOR)
     vs = gl.allocate_shared_memory(LOW, [2, C, BV], ROW_MAJOR)
     fs = gl.allocate_shared_memory(gl.float32, [2, C], LINE)
+    first_half = gl.allocate_shared_memory(gl.float32, [4, 8, BV], LINES)
+    second_half = gl.allocate_shared_memory(gl.float32, [4, 8, BV], LINES)
 
     i = row_of(gl.expand_dims(gl.arange(0, BK, gl.SliceLayout(1, MMA)), 1), BK) + block * BK
     j = column_of(gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(0, MMA)), 0), BV)
@@ -71,8 +80,9 @@ def scan_forward_gluon_kernel(
         h = gl.full((BK, BV), 0.0, gl.float32, MMA)
     W = load_W(W_ptr + (n // Gw) * (V * V), V, BV, False).to(LOW)
 
-    Y: gl.constexpr = gl.BlockedLayout([1, BV // 4], [8, 4], [1, 1], [1, 0])
-    y_step = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(1, Y)), 1)
+    Y8: gl.constexpr = lanes_in_thread(BV)
+    Y: gl.constexpr = gl.SliceLayout(1, Y8)
+    y_step = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(1, Y)), 1)
     y_col = gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(0, Y)), 0)
     y_offset = y_step * (N * V) + y_col
     y_at = y_ptr + block.to(gl.int64) * y_skb + ((b * T + first) * N + n) * V
@@ -86,11 +96,11 @@ def scan_forward_gluon_kernel(
     for c in range(0, chunks):
         left = length - c * C
         now = c % 2
-        t = first + (c + 1) * C
-        stage_rows(ks.index(1 - now), k_at, k_st, k_sk, t, left - C, block * BK, K, C, BK)
-        stage_rows(qs.index(1 - now), q_at, q_st, q_sk, t, left - C, block * BK, K, C, BK)
-        stage_rows(vs.index(1 - now), v_at, v_st, v_sv, t, left - C, 0, V, C, BV)
-        stage_gate(fs.index(1 - now), f_at, f_st, t, left - C, C)
+        t_next = first + (c + 1) * C
+        stage_rows(ks.index(1 - now), k_at, k_st, k_sk, t_next, left - C, block * BK, K, C, BK)
+        stage_rows(qs.index(1 - now), q_at, q_st, q_sk, t_next, left - C, block * BK, K, C, BK)
+        stage_rows(vs.index(1 - now), v_at, v_st, v_sv, t_next, left - C, 0, V, C, BV)
+        stage_gate(fs.index(1 - now), f_at, f_st, t_next, left - C, C)
         async_copy.commit_group()
         async_copy.wait_group(1)
         finish_gate(fs.index(now), left, C)
@@ -101,19 +111,22 @@ def scan_forward_gluon_kernel(
         q_now = steps_of(qs.index(now), C, BK)
         v_now = steps_of(vs.index(now), C, BV)
         f_now = steps_of(fs.index(now), C, 1)
-        for g in range(0, (gl.minimum(left, C) + U - 1) // U):
-            y = gl.full((16, BV), 0.0, gl.float32, MMA)
-            for u in gl.static_range(U):
-                i_t = g * U + u
-                k = rows(k_now, i_t, BK)
-                v = columns(v_now, i_t, BV)
-                h, _, _ = advance(h, h.to(LOW), k, v, gate(f_now, i_t), W)
-                tile = gl.convert_layout(turned(h.to(LOW), BK, BV), RIGHT, assert_trivial=True)
-                y = mma_v2(rows_as_left_operand(q_now, i_t, u, BK), tile, y)
-            y8 = gl.sum(y.reshape((2, 8, BV)), 0)
-            y8 = y8.reshape((8, BV // 8, 4, 2)).permute((0, 2, 1, 3)).reshape((8, BV))
-            y8 = gl.convert_layout(y8, Y, assert_trivial=True)
-            steps = gl.minimum(left - g * U, U)
-            gl.store(y_at + y_offset, y8.to(y_ptr.dtype.element_ty), mask=(y_step < steps) & (y_col < V))
-            y_at += U * N * V
+        for g in range(0, (gl.minimum(left, C) + 7) // 8):
+            t = g * 8
+            h, p0 = walk(h, k_now, v_now, f_now, q_now, t, W, BK, BV)
+            h, p1 = walk(h, k_now, v_now, f_now, q_now, t + 1, W, BK, BV)
+            h, p2 = walk(h, k_now, v_now, f_now, q_now, t + 2, W, BK, BV)
+            h, p3 = walk(h, k_now, v_now, f_now, q_now, t + 3, W, BK, BV)
+            first_half.store(in_lines(p0, p1, p2, p3, BV))
+            h, p0 = walk(h, k_now, v_now, f_now, q_now, t + 4, W, BK, BV)
+            h, p1 = walk(h, k_now, v_now, f_now, q_now, t + 5, W, BK, BV)
+            h, p2 = walk(h, k_now, v_now, f_now, q_now, t + 6, W, BK, BV)
+            h, p3 = walk(h, k_now, v_now, f_now, q_now, t + 7, W, BK, BV)
+            y = gl.sum(first_half.load(Y8), 1)
+            gl.store(y_at + y_offset, y.to(y_ptr.dtype.element_ty), mask=(y_step < left - t) & (y_col < V))
+            second_half.store(in_lines(p0, p1, p2, p3, BV))
+            y = gl.sum(second_half.load(Y8), 1)
+            y_at += 4 * N * V
+            gl.store(y_at + y_offset, y.to(y_ptr.dtype.element_ty), mask=(y_step < left - t - 4) & (y_col < V))
+            y_at += 4 * N * V
     gl.store(final_ptr + sn * (K * V) + state, h, mask=in_state)

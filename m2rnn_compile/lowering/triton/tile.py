@@ -70,6 +70,7 @@ def tile_in_shared(BV):
 
 
 ROW_MAJOR = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[1, 0]))
+LINES = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[2, 1, 0]))
 LINE = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0]))
 
 
@@ -119,19 +120,57 @@ def steps_of(shared, C: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
+def to_float(x):
+    """fp32 of 16-bit x: bf16 by one shift or mask an element (the compiler would take two for every second one)."""
+    if x.dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }",
+            "=r,=r,r", [x], dtype=gl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return x.to(gl.float32)
+
+
+@gluon.jit
 def rows(shared, u, BK: gl.constexpr):
-    """[BK] by position: line u of a staged chunk, a factor of the rows of the state."""
-    x = shared.index(u).load(rows_by_lane_group(BK))
+    """[BK, 1] by position, in fp32: line u of a staged chunk, a factor of the rows of the state."""
+    x = to_float(shared.index(u).load(rows_by_lane_group(BK)))
     x = x.reshape((8, BK // 8)).permute((1, 0)).reshape((BK,))
     return gl.expand_dims(gl.convert_layout(x, ROW, assert_trivial=True), 1)
 
 
 @gluon.jit
+def in_order(x, BV: gl.constexpr):
+    """[BV] in memory order -> [BV] by position."""
+    return x.reshape((4, BV // 8, 2)).permute((1, 0, 2)).reshape((BV,))
+
+
+@gluon.jit
 def columns(shared, u, BV: gl.constexpr):
-    """[BV] by position: line u of a staged chunk, a factor of the columns of the state."""
-    x = shared.index(u).load(columns_by_lane(BV))
-    x = x.reshape((4, BV // 8, 2)).permute((1, 0, 2)).reshape((BV,))
+    """[1, BV] by position, in fp32: line u of a staged chunk, a factor of the columns of the state."""
+    x = in_order(to_float(shared.index(u).load(columns_by_lane(BV))), BV)
     return gl.expand_dims(gl.convert_layout(x, COL, assert_trivial=True), 0)
+
+
+@gluon.jit
+def sum_own_rows(x, BK: gl.constexpr, BV: gl.constexpr):
+    """[8, BV] with columns in memory order: the state-shaped x summed over the rows that one thread holds."""
+    x = gl.sum(x.reshape((BK // 8, 8, BV)), 0)
+    return x.reshape((8, BV // 8, 4, 2)).permute((0, 2, 1, 3)).reshape((8, BV))
+
+
+@gluon.jit
+def in_lines(p0, p1, p2, p3, BV: gl.constexpr):
+    """Four of [8, BV] as [4, 8, BV]."""
+    p = gl.join(gl.join(p0, p2), gl.join(p1, p3))  # the last axis of join is the fastest
+    return p.reshape((8, BV, 4)).permute((2, 0, 1))
+
+
+@gluon.constexpr_function
+def lanes_in_thread(BV):
+    """[4, 8, BV] with all 8 in one thread."""
+    lanes = min(32, BV // 2)
+    return gl.BlockedLayout([1, 8, 2], [32 // lanes, 1, lanes], [1, 1, 1], [2, 1, 0])
 
 
 @gluon.jit
@@ -157,9 +196,14 @@ def rows_as_left_operand(shared, u, m, BK: gl.constexpr):
 
 
 @gluon.jit
-def columns_as_right_operand(x, n, BV: gl.constexpr):
-    """[BV, 8], to be contracted with the columns of the state: its column n is x [1, BV], the others zero."""
-    x = gl.expand_dims(gl.convert_layout(x.reshape((BV,)), RIGHT_COL, assert_trivial=True), 1)
+def column_of_right_operand(shared, u, n, BV: gl.constexpr):
+    """[BV, 8], to be contracted with the columns of the state: column n is line u of a chunk, the others zero."""
+    x = in_order(shared.index(u).load(columns_by_lane(BV)), BV)
+    return only_column(gl.expand_dims(gl.convert_layout(x, RIGHT_COL, assert_trivial=True), 1), n, BV)
+
+
+@gluon.jit
+def only_column(x, n, BV: gl.constexpr):
     here = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, RIGHT)), 0) == n
     return gl.where(here, x, gl.full((BV, 8), 0.0, x.dtype, RIGHT))
 
@@ -186,7 +230,7 @@ def advance(h, h_low, k, v, f, W):
 
     H - (1-f)(H-Z) does not cancel where f is near 1; where f is near 0 it errs by 2^-24 |H|, far below LOW's rounding.
     """
-    z = tanh_hardware(mma_v2(left_operand(h_low), W, k.to(gl.float32) * v.to(gl.float32)))
+    z = tanh_hardware(mma_v2(left_operand(h_low), W, k * v))
     e = h - z
     return h - (1.0 - f) * e, z, e
 

@@ -133,10 +133,11 @@ def _reduce(part: Tensor, out: Tensor, G: int, blocks: int, window: int, t_first
     if rows == 0:
         return
     BD = next_power_of_2(D)
-    BR = max(1, 1024 // BD)
+    BG = min(next_power_of_2(G), 32, max(1, 2048 // BD))
+    BR = max(1, 2048 // (BG * BD))
     reduce_kernel[(triton.cdiv(rows, BR),)](
-        part, out, rows, window * heads, heads, T, t_first, blocks, part.stride(0) if blocks > 1 else 0,
-        G=G, D=D, BR=BR, BD=BD, num_warps=4,
+        part, out, rows, window * heads, heads, T, t_first, part.stride(0) if blocks > 1 else 0,
+        BLOCKS=blocks, G=G, D=D, BR=BR, BG=BG, BD=BD, num_warps=4,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from .tile import (
     LEFT, LINE, MMA, RIGHT, ROW_MAJOR, advance, clamp, column_of, columns, column_of_right_operand, finish_gate, gate,
-    left_operand, load_W, multiply, only_column, row_of, rows, rows_as_left_operand, stage_gate, stage_rows, steps_of,
+    left_operand, load_W, multiply, only_column, row_of, rows, rows_of_right_operand, stage_gate, stage_rows, steps_of,
     tile_in_shared, turned,
 )  # fmt: skip
 
@@ -33,7 +33,8 @@ def redo(h, h_low, ks, vs, fs, dys, t, u: gl.constexpr, W, dq, BK: gl.constexpr,
     LOW: gl.constexpr = h_low.dtype
     f = gate(fs, t)
     h, z, e = advance(h, h_low, rows(ks, t, BK), columns(vs, t, BV), f, W)
-    s = ((1.0 - f) * (1.0 - z * z)).to(LOW)
+    g = gl.full((BK, BV), 0.0, gl.float32, MMA) + (1.0 - f)
+    s = multiply((1.0 - z * z).to(LOW), g.to(LOW))
     h_low = h.to(LOW)
     if HAS_DY:
         dq = mma_v2(left_operand(h_low), column_of_right_operand(dys, t, u, BV), dq)
@@ -41,10 +42,13 @@ def redo(h, h_low, ks, vs, fs, dys, t, u: gl.constexpr, W, dq, BK: gl.constexpr,
 
 
 @gluon.jit
-def undo(carry, h_low, e, s, qs, ks, vs, fs, dys, t, u: gl.constexpr, Wt, dk_df, dv, dW, clip,
+def undo(carry, h_before, e, s, qs, ks, vs, fs, dys, t, u: gl.constexpr, Wt, dk_df, dv, dWt, clip,
          BK: gl.constexpr, BV: gl.constexpr, CLIP: gl.constexpr, HAS_DY: gl.constexpr):  # fmt: skip
-    """One step backwards; h_low is H_{t-1}. Column u of dk_df is dk, the sum of column 4 + u is df, row u of dv is dv."""
-    LOW: gl.constexpr = h_low.dtype
+    """One step backwards from H_{t-1} in shared memory.
+
+    Column u of dk_df [BK, 8] becomes dk and the sum of column 4 + u df; column u of dv [BV, 8] becomes dv.
+    """
+    LOW: gl.constexpr = s.dtype
     d = carry
     if CLIP:
         d = clamp(d, clip)
@@ -54,11 +58,11 @@ def undo(carry, h_low, e, s, qs, ks, vs, fs, dys, t, u: gl.constexpr, Wt, dk_df,
     du = multiply(d_low, s)
     carry = mma_v2(left_operand(du), Wt, gate(fs, t) * d)
     dk_df = mma_v2(left_operand(du), column_of_right_operand(vs, t, u, BV), dk_df)
-    dk_df = mma_v2(left_operand(multiply(d_low, e)), only_column(gl.full((BV, 8), 1.0, LOW, RIGHT), 4 + u, BV), dk_df)
-    du_turned = gl.convert_layout(turned(du, BK, BV), RIGHT, assert_trivial=True)
-    dv = mma_v2(rows_as_left_operand(ks, t, u, BK), du_turned, dv)
-    dW = mma_v2(gl.convert_layout(turned(h_low, BK, BV).permute((1, 0)), LEFT, assert_trivial=True), du_turned, dW)
-    return carry, dk_df, dv, dW
+    dk_df = mma_v2(left_operand(multiply(d_low, e)), only_column(gl.full((BV, 1), 1.0, LOW, RIGHT), 4 + u, BV), dk_df)
+    du_t = gl.convert_layout(turned(du, BK, BV).permute((1, 0)), LEFT, assert_trivial=True)
+    dv = mma_v2(du_t, rows_of_right_operand(ks, t, u, BK), dv)
+    dWt = mma_v2(du_t, h_before.load(RIGHT), dWt)
+    return carry, dk_df, dv, dWt
 
 
 @gluon.constexpr_function
@@ -134,6 +138,9 @@ def scan_backward_gluon_kernel(
     staged_dy = gl.allocate_shared_memory(LOW, [C, BV], ROW_MAJOR)
     staged_f = gl.allocate_shared_memory(gl.float32, [C], LINE)
     noted = gl.allocate_shared_memory(LOW, [C // 4, BK, BV], tile_in_shared(BV))
+    h1_shared = gl.allocate_shared_memory(LOW, [BK, BV], tile_in_shared(BV))
+    h2_shared = gl.allocate_shared_memory(LOW, [BK, BV], tile_in_shared(BV))
+    h3_shared = gl.allocate_shared_memory(LOW, [BK, BV], tile_in_shared(BV))
     ks = steps_of(staged_k, C, BK)
     qs = steps_of(staged_q, C, BK)
     vs = steps_of(staged_v, C, BV)
@@ -151,14 +158,11 @@ def scan_backward_gluon_kernel(
     Wt = load_W(W_ptr + (n // Gw) * (V * V), V, BV, True).to(LOW)
     wi = column_of(gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(1, MMA)), 1), BV)
     in_W = (wi < V) & (j < V)
-    dW_at = dW_ptr + (sn * gl.num_programs(1) + block) * (V * V) + wi * V + j
-    dW = gl.load(dW_at, mask=in_W, other=0.0)
+    dWt_at = dW_ptr + (sn * gl.num_programs(1) + block) * (V * V) + j * V + wi
+    dWt = gl.load(dWt_at, mask=in_W, other=0.0)
 
-    DV: gl.constexpr = gl.BlockedLayout([1, BV // 4], [8, 4], [1, 1], [1, 0])
-    dv_t = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(1, DV)), 1)
-    dv_j = gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(0, DV)), 0)
-    COLUMN: gl.constexpr = gl.SliceLayout(0, MMA)
-    df_t = gl.arange(0, 8, COLUMN) - 4
+    step = gl.arange(0, 8, gl.SliceLayout(0, MMA))
+    dv_offset = gl.expand_dims(step, 0) * (N * V) + wi
 
     for back in range(0, c_last - c_first):
         c = c_last - 1 - back
@@ -195,30 +199,30 @@ def scan_backward_gluon_kernel(
             dq = gl.full((BK, 8), 0.0, gl.float32, MMA)
             h = h0.to(gl.float32)
             h, h1, e0, s0, dq = redo(h, h0, ks, vs, fs, dys, t, 0, W, dq, BK, BV, HAS_DY)
+            h1_shared.store(h1)
             h, h2, e1, s1, dq = redo(h, h1, ks, vs, fs, dys, t + 1, 1, W, dq, BK, BV, HAS_DY)
+            h2_shared.store(h2)
             h, h3, e2, s2, dq = redo(h, h2, ks, vs, fs, dys, t + 2, 2, W, dq, BK, BV, HAS_DY)
+            h3_shared.store(h3)
             h, h4, e3, s3, dq = redo(h, h3, ks, vs, fs, dys, t + 3, 3, W, dq, BK, BV, HAS_DY)
             steps = left - t
             out = ((t0 + t).to(gl.int64)) * N
             if HAS_DY:
                 store_columns(dq_at + out * K, dq, steps, N * K, block * BK, K, BK)
             kf = gl.full((BK, 8), 0.0, gl.float32, MMA)
-            dv = gl.full((16, BV), 0.0, gl.float32, MMA)
-            carry, kf, dv, dW = undo(
-                carry, h3, e3, s3, qs, ks, vs, fs, dys, t + 3, 3, Wt, kf, dv, dW, clip, BK, BV, CLIP, HAS_DY)
-            carry, kf, dv, dW = undo(
-                carry, h2, e2, s2, qs, ks, vs, fs, dys, t + 2, 2, Wt, kf, dv, dW, clip, BK, BV, CLIP, HAS_DY)
-            carry, kf, dv, dW = undo(
-                carry, h1, e1, s1, qs, ks, vs, fs, dys, t + 1, 1, Wt, kf, dv, dW, clip, BK, BV, CLIP, HAS_DY)
-            carry, kf, dv, dW = undo(
-                carry, h0, e0, s0, qs, ks, vs, fs, dys, t, 0, Wt, kf, dv, dW, clip, BK, BV, CLIP, HAS_DY)
+            dv = gl.full((BV, 8), 0.0, gl.float32, MMA)
+            carry, kf, dv, dWt = undo(
+                carry, h3_shared, e3, s3, qs, ks, vs, fs, dys, t + 3, 3, Wt, kf, dv, dWt, clip, BK, BV, CLIP, HAS_DY)
+            carry, kf, dv, dWt = undo(
+                carry, h2_shared, e2, s2, qs, ks, vs, fs, dys, t + 2, 2, Wt, kf, dv, dWt, clip, BK, BV, CLIP, HAS_DY)
+            carry, kf, dv, dWt = undo(
+                carry, h1_shared, e1, s1, qs, ks, vs, fs, dys, t + 1, 1, Wt, kf, dv, dWt, clip, BK, BV, CLIP, HAS_DY)
+            carry, kf, dv, dWt = undo(
+                carry, noted.index(g), e0, s0, qs, ks, vs, fs, dys, t, 0, Wt, kf, dv, dWt, clip, BK, BV, CLIP, HAS_DY)
             store_columns(dk_at + out * K, kf, steps, N * K, block * BK, K, BK)
             df = gl.sum(kf, 0)
-            gl.store(df_at + out + df_t * N, df, mask=(df_t >= 0) & (df_t < steps))
-            dv8 = gl.sum(dv.reshape((2, 8, BV)), 0)
-            dv8 = dv8.reshape((8, BV // 8, 4, 2)).permute((0, 2, 1, 3)).reshape((8, BV))
-            dv8 = gl.convert_layout(dv8, DV, assert_trivial=True)
-            gl.store(dv_at + out * V + dv_t * (N * V) + dv_j, dv8.to(dv_ptr.dtype.element_ty),
-                     mask=(dv_t < gl.minimum(steps, 4)) & (dv_j < V))  # fmt: skip
+            gl.store(df_at + out + (step - 4) * N, df, mask=(step >= 4) & (step - 4 < steps))
+            gl.store(dv_at + out * V + dv_offset, dv.to(dv_ptr.dtype.element_ty),
+                     mask=gl.expand_dims(step < gl.minimum(steps, 4), 0) & (wi < V))  # fmt: skip
     gl.store(carry_at, carry, mask=in_state)
-    gl.store(dW_at, dW, mask=in_W)
+    gl.store(dWt_at, dWt, mask=in_W)

@@ -31,7 +31,6 @@ ROW = gl.constexpr(gl.SliceLayout(1, MMA.value))
 COL = gl.constexpr(gl.SliceLayout(0, MMA.value))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA.value, 2))
 RIGHT = gl.constexpr(gl.DotOperandLayout(1, MMA.value, 2))
-LEFT_ROW = gl.constexpr(gl.SliceLayout(0, LEFT.value))
 RIGHT_COL = gl.constexpr(gl.SliceLayout(1, RIGHT.value))
 
 
@@ -186,16 +185,6 @@ def left_operand(x):
 
 
 @gluon.jit
-def rows_as_left_operand(shared, u, m, BK: gl.constexpr):
-    """[16, BK], to be contracted with the rows of the state: its row m is line u of a staged chunk, the others zero."""
-    x = shared.index(u).load(rows_by_lane(BK))
-    x = x.reshape((4, 2, BK // 8)).permute((2, 0, 1)).reshape((BK,))
-    x = gl.expand_dims(gl.convert_layout(x, LEFT_ROW, assert_trivial=True), 0)
-    here = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(1, LEFT)), 1) == m
-    return gl.where(here, x, gl.full((16, BK), 0.0, x.dtype, LEFT))
-
-
-@gluon.jit
 def column_of_right_operand(shared, u, n, BV: gl.constexpr):
     """[BV, 8], to be contracted with the columns of the state: column n is line u of a chunk, the others zero."""
     x = in_order(shared.index(u).load(columns_by_lane(BV)), BV)
@@ -203,9 +192,22 @@ def column_of_right_operand(shared, u, n, BV: gl.constexpr):
 
 
 @gluon.jit
-def only_column(x, n, BV: gl.constexpr):
+def rows_of_right_operand(shared, u, n, BK: gl.constexpr):
+    """[BK, 8], to be contracted with the rows of the state: column n is line u of a chunk, the others zero."""
+    x = shared.index(u).load(rows_by_lane(BK))
+    x = x.reshape((4, 2, BK // 8)).permute((2, 0, 1)).reshape((BK,))
+    return only_column(gl.expand_dims(gl.convert_layout(x, RIGHT_COL, assert_trivial=True), 1), n, BK)
+
+
+@gluon.jit
+def only_column(x, n, D: gl.constexpr):
+    """x [D, 1] in column n of [D, 8], zeros elsewhere; by masking pairs of elements, half of what `where` takes."""
     here = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, RIGHT)), 0) == n
-    return gl.where(here, x, gl.full((BV, 8), 0.0, x.dtype, RIGHT))
+    mask = gl.where(here, gl.full((D, 8), -1, gl.int16, RIGHT), gl.full((D, 8), 0, gl.int16, RIGHT))
+    x, mask = gl.broadcast(x, mask)
+    return gl.inline_asm_elementwise(
+        "and.b32 $0, $1, $2;", "=r,r,r", [x, mask], dtype=x.dtype, is_pure=True, pack=2
+    )
 
 
 @gluon.jit

@@ -53,6 +53,47 @@ def test_lengths_around_chunks_and_groups(T: int) -> None:
     assert_accurate(run(x, impl="triton"), oracle(x, impl="eager"), run_low_precision(x))
 
 
+CONFIGS = [  # rows, warps, registers; and V
+    ((16, 1, None), 16), ((32, 1, None), 16), ((32, 1, 168), 16), ((64, 1, None), 16),
+    ((16, 1, None), 32), ((32, 1, None), 32), ((16, 4, None), 64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "V"), CONFIGS, ids=str)
+def test_every_configuration_is_right_not_only_the_pinned_one(
+    config: tuple[int, int, int | None], V: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from m2rnn_compile.lowering import triton as lowering
+
+    for name in ("forward_config", "backward_config"):
+        monkeypatch.setattr(lowering, name, lambda *_: lowering.LaunchConfig(*config))
+    x = inputs(2, 101, 4, 64, V, dtype=BF16, initial_state=True, state_grad_clip=0.5)
+    assert_accurate(run(x, impl="triton"), oracle(x, impl="eager"), run_low_precision(x))
+
+
+def scan_and_backward(x: ScanInputs, **options: Any) -> tuple[Tensor, ...]:
+    from m2rnn_compile.lowering import triton as lowering
+
+    a = (x.q, x.k, x.v, x.f, x.W, x.initial_state, x.cu_seqlens)
+    c = x.state_grad_clip
+    checkpoints = lowering.scan(*a, c, 64)[2]
+    return lowering.scan_backward(x.dy, x.dfinal_state, *a, checkpoints, c, 64, **options)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_windows_of_time_do_not_change_a_bit(dtype: torch.dtype) -> None:
+    x = inputs(2, 300, 4, 64, 16, dtype=dtype, initial_state=True)
+    whole, parts = scan_and_backward(x, window_bytes=2**40), scan_and_backward(x, window_bytes=1)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def test_the_portable_backward_reads_what_the_gluon_forward_left() -> None:
+    x = inputs(2, 150, 4, 64, 16, dtype=BF16, initial_state=True)
+    names = ("dq", "dk", "dv", "df", "dW", "dinitial_state")
+    truth, eager = ({n: r[n] for n in names} for r in (oracle(x, impl="eager"), run_low_precision(x)))
+    assert_accurate(dict(zip(names, scan_and_backward(x, gluon=False), strict=True)), truth, eager)
+
+
 @pytest.mark.parametrize("case", ["paper 410M heads", "square state", "packed"])
 def test_fifty_runs_give_the_same_bits_with_a_busy_second_stream(case: str) -> None:
     x = inputs(**CASES[case])

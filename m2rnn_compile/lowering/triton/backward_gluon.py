@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backward scan for 16-bit inputs on NVIDIA GPUs, in Gluon: what `backward.py` does, one warp per tile of the state.
+"""The backward scan for 16-bit inputs on NVIDIA GPUs, in Gluon: what `backward.py` does, a warp to a tile.
 
     program (s, n, block of rows), chunks of C steps of the window from the last to the first
       1. from the chunk's checkpoint, redo its steps and note H every 4 steps in shared memory
-      2. for every group of 4 steps from the last: redo it, keeping H, E = H' - Z (H' = H_{t-1}) and S = (1-f)(1 - Z ⊙ Z)
-         as pairs of 16 bits in registers, and dq = H dy
+      2. for every group of 4 steps from the last: redo it, keeping H' = H_{t-1} in shared memory and, as pairs of 16
+         bits in registers, E = H' - Z and S = (1-f)(1 - Z ⊙ Z); and dq = H dy
       3. walk the group backwards with carry = dL/dH in fp32
              D = clip(carry) + q dyᵀ     dU = D ⊙ S        carry = f D + dU Wᵀ
              dk = dU v     dv = dUᵀ k     df = Σ D ⊙ E     dW += H'ᵀ dU
 
-Every sum is a tensor-core product with fp32 accumulation: those over columns take the tile as it lies in registers,
+Sums but df are tensor-core products with fp32 accumulation: those over columns take the tile as it lies in registers,
 those over rows take it `turned`. The steps of a group share accumulators, each with a row or column of its own.
 Partial sums over heads and blocks are added in a fixed order by `reduce.py`.
 """
@@ -21,14 +21,38 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from .tile import (
-    LEFT, LINE, MMA, RIGHT, ROW_MAJOR, advance, clamp, column_of, columns, column_of_right_operand, finish_gate, gate,
-    left_operand, load_W, multiply, only_column, row_of, rows, rows_of_right_operand, stage_gate, stage_rows, steps_of,
-    tile_in_shared, turned,
+    LEFT,
+    LINE,
+    MMA,
+    RIGHT,
+    ROW_MAJOR,
+    advance,
+    clamp,
+    column_of,
+    column_of_right_operand,
+    columns,
+    finish_gate,
+    gate,
+    left_operand,
+    load_W,
+    multiply,
+    row_of,
+    rows,
+    rows_of_right_operand,
+    stage_gate,
+    stage_rows,
+    steps_of,
+    sum_own,
+    tile_in_shared,
+    to_float,
+    turned,
 )  # fmt: skip
 
 
 @gluon.jit
-def redo(h, h_low, ks, vs, fs, dys, t, u: gl.constexpr, W, dq, BK: gl.constexpr, BV: gl.constexpr, HAS_DY: gl.constexpr):
+def redo(
+    h, h_low, ks, vs, fs, dys, t, u: gl.constexpr, W, dq, BK: gl.constexpr, BV: gl.constexpr, HAS_DY: gl.constexpr
+):
     """One step forwards: the new state, what backward needs of it, and the group's dq with column u filled in."""
     LOW: gl.constexpr = h_low.dtype
     f = gate(fs, t)
@@ -42,11 +66,11 @@ def redo(h, h_low, ks, vs, fs, dys, t, u: gl.constexpr, W, dq, BK: gl.constexpr,
 
 
 @gluon.jit
-def undo(carry, h_before, e, s, qs, ks, vs, fs, dys, t, u: gl.constexpr, Wt, dk_df, dv, dWt, clip,
+def undo(carry, h_before, e, s, qs, ks, vs, fs, dys, t, u: gl.constexpr, Wt, dk, dv, dWt, clip,
          BK: gl.constexpr, BV: gl.constexpr, CLIP: gl.constexpr, HAS_DY: gl.constexpr):  # fmt: skip
-    """One step backwards from H_{t-1} in shared memory.
+    """One step backwards from H_{t-1} in shared memory; also each thread's part of df, in fp32.
 
-    Column u of dk_df [BK, 8] becomes dk and the sum of column 4 + u df; column u of dv [BV, 8] becomes dv.
+    Column u of dk [BK, 8] and of dv [BV, 8] is filled in.
     """
     LOW: gl.constexpr = s.dtype
     d = carry
@@ -57,12 +81,12 @@ def undo(carry, h_before, e, s, qs, ks, vs, fs, dys, t, u: gl.constexpr, Wt, dk_
     d_low = d.to(LOW)
     du = multiply(d_low, s)
     carry = mma_v2(left_operand(du), Wt, gate(fs, t) * d)
-    dk_df = mma_v2(left_operand(du), column_of_right_operand(vs, t, u, BV), dk_df)
-    dk_df = mma_v2(left_operand(multiply(d_low, e)), only_column(gl.full((BV, 1), 1.0, LOW, RIGHT), 4 + u, BV), dk_df)
+    dk = mma_v2(left_operand(du), column_of_right_operand(vs, t, u, BV), dk)
+    df = sum_own(d * to_float(e), BK, BV)
     du_t = gl.convert_layout(turned(du, BK, BV).permute((1, 0)), LEFT, assert_trivial=True)
     dv = mma_v2(du_t, rows_of_right_operand(ks, t, u, BK), dv)
     dWt = mma_v2(du_t, h_before.load(RIGHT), dWt)
-    return carry, dk_df, dv, dWt
+    return carry, df, dk, dv, dWt
 
 
 @gluon.constexpr_function
@@ -161,6 +185,8 @@ def scan_backward_gluon_kernel(
     dWt_at = dW_ptr + (sn * gl.num_programs(1) + block) * (V * V) + j * V + wi
     dWt = gl.load(dWt_at, mask=in_W, other=0.0)
 
+    STEP: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    df_step = gl.arange(0, 4, STEP)
     step = gl.arange(0, 8, gl.SliceLayout(0, MMA))
     dv_offset = gl.expand_dims(step, 0) * (N * V) + wi
 
@@ -204,24 +230,28 @@ def scan_backward_gluon_kernel(
             h2_shared.store(h2)
             h, h3, e2, s2, dq = redo(h, h2, ks, vs, fs, dys, t + 2, 2, W, dq, BK, BV, HAS_DY)
             h3_shared.store(h3)
-            h, h4, e3, s3, dq = redo(h, h3, ks, vs, fs, dys, t + 3, 3, W, dq, BK, BV, HAS_DY)
+            h, _, e3, s3, dq = redo(h, h3, ks, vs, fs, dys, t + 3, 3, W, dq, BK, BV, HAS_DY)
             steps = left - t
             out = ((t0 + t).to(gl.int64)) * N
             if HAS_DY:
                 store_columns(dq_at + out * K, dq, steps, N * K, block * BK, K, BK)
-            kf = gl.full((BK, 8), 0.0, gl.float32, MMA)
+            dk = gl.full((BK, 8), 0.0, gl.float32, MMA)
             dv = gl.full((BV, 8), 0.0, gl.float32, MMA)
-            carry, kf, dv, dWt = undo(
-                carry, h3_shared, e3, s3, qs, ks, vs, fs, dys, t + 3, 3, Wt, kf, dv, dWt, clip, BK, BV, CLIP, HAS_DY)
-            carry, kf, dv, dWt = undo(
-                carry, h2_shared, e2, s2, qs, ks, vs, fs, dys, t + 2, 2, Wt, kf, dv, dWt, clip, BK, BV, CLIP, HAS_DY)
-            carry, kf, dv, dWt = undo(
-                carry, h1_shared, e1, s1, qs, ks, vs, fs, dys, t + 1, 1, Wt, kf, dv, dWt, clip, BK, BV, CLIP, HAS_DY)
-            carry, kf, dv, dWt = undo(
-                carry, noted.index(g), e0, s0, qs, ks, vs, fs, dys, t, 0, Wt, kf, dv, dWt, clip, BK, BV, CLIP, HAS_DY)
-            store_columns(dk_at + out * K, kf, steps, N * K, block * BK, K, BK)
-            df = gl.sum(kf, 0)
-            gl.store(df_at + out + (step - 4) * N, df, mask=(step >= 4) & (step - 4 < steps))
+            carry, df3, dk, dv, dWt = undo(
+                carry, h3_shared, e3, s3, qs, ks, vs, fs, dys, t + 3, 3, Wt, dk, dv, dWt, clip, BK, BV, CLIP, HAS_DY
+            )
+            carry, df2, dk, dv, dWt = undo(
+                carry, h2_shared, e2, s2, qs, ks, vs, fs, dys, t + 2, 2, Wt, dk, dv, dWt, clip, BK, BV, CLIP, HAS_DY
+            )
+            carry, df1, dk, dv, dWt = undo(
+                carry, h1_shared, e1, s1, qs, ks, vs, fs, dys, t + 1, 1, Wt, dk, dv, dWt, clip, BK, BV, CLIP, HAS_DY
+            )
+            carry, df0, dk, dv, dWt = undo(
+                carry, noted.index(g), e0, s0, qs, ks, vs, fs, dys, t, 0, Wt, dk, dv, dWt, clip, BK, BV, CLIP, HAS_DY
+            )
+            store_columns(dk_at + out * K, dk, steps, N * K, block * BK, K, BK)
+            df = gl.join(gl.join(df0, df2), gl.join(df1, df3)).reshape((32, 4))  # the last axis of join is the fastest
+            gl.store(df_at + out + df_step * N, gl.convert_layout(gl.sum(df, 0), STEP), mask=df_step < steps)
             gl.store(dv_at + out * V + dv_offset, dv.to(dv_ptr.dtype.element_ty),
                      mask=gl.expand_dims(step < gl.minimum(steps, 4), 0) & (wi < V))  # fmt: skip
     gl.store(carry_at, carry, mask=in_state)

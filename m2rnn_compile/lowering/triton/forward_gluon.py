@@ -16,8 +16,24 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from .tile import (
-    LINE, LINES, MMA, ROW_MAJOR, advance, column_of, columns, finish_gate, gate, in_lines, lanes_in_thread, load_W, row_of, rows, stage_gate,
-    stage_rows, steps_of, sum_own_rows,
+    LINE,
+    LINES,
+    MMA,
+    ROW_MAJOR,
+    advance,
+    column_of,
+    columns,
+    finish_gate,
+    gate,
+    in_lines,
+    lanes_in_thread,
+    load_W,
+    row_of,
+    rows,
+    stage_gate,
+    stage_rows,
+    steps_of,
+    sum_own_rows,
 )  # fmt: skip
 
 

@@ -55,7 +55,9 @@ def aligned(x: Tensor) -> Tensor:
 
 def strides(x: Tensor) -> tuple[int, ...]:
     """Strides with 0 for dimensions of size 1, whose stride means nothing but would count as unaligned."""
-    return tuple(0 if n == 1 and i < x.dim() - 1 else s for i, (n, s) in enumerate(zip(x.shape, x.stride(), strict=True)))
+    return tuple(
+        0 if n == 1 and i < x.dim() - 1 else s for i, (n, s) in enumerate(zip(x.shape, x.stride(), strict=True))
+    )
 
 
 def forward_gluon_kernel() -> Any:

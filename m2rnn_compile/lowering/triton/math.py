@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def tanh_exact(x):
-    """tanh to a few ulp of fp32: 1 - 2e / (1 + e) with e = exp(-2|x|), and its odd series where that cancels."""
+def tanh_by_series(x):
+    """tanh to a few ulp of fp32 from what the interpreter has: 1 - 2e / (1 + e), e = exp(-2|x|), or its odd series."""
     a = tl.abs(x)
     e = tl.exp(-2.0 * a)
     big = 1.0 - tl.div_rn(2.0 * e, 1.0 + e)
@@ -24,6 +27,15 @@ def tanh_exact(x):
     small = a + a * (s * p)
     r = tl.where(a < 0.5, small, big)
     return tl.where(x < 0, -r, r)
+
+
+@triton.jit
+def tanh_exact(x):
+    """CUDA's tanhf on a GPU: the approximate exp there is biased, and with f near 1 a bias adds up over many steps."""
+    if INTERPRETED:
+        return tanh_by_series(x)
+    else:
+        return libdevice.tanh(x)
 
 
 @triton.jit
@@ -48,7 +60,8 @@ def product(a, b, acc, DOT: tl.constexpr):
     (with f near 1, f D is a thousand times dU Wᵀ), so there the products are summed first.
     """
     if DOT == tl.float32:  # noqa: SIM300
-        return acc + tl.dot(a, b, acc=tl.zeros_like(acc), input_precision="ieee")
+        r = tl.dot(a, b, acc=tl.zeros_like(acc), input_precision="ieee")
+        return tl.fma(r, tl.full(acc.shape, 1.0, tl.float32), acc)  # Triton turns acc + dot(a, b) into dot(a, b, acc)
     else:
         return tl.dot(a.to(DOT), b, acc=acc)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import reference, registry
+from .library import differentiated_by_functorch, functorch_active
 from .scan import scan
 from .step import step
 from .validation import check_scan, check_step, state_dtype
@@ -75,7 +76,8 @@ def m2rnn(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, head counts, devices, ``cu_seqlens`` or options that do not fit; ``impl`` not available.
-        NotImplementedError: forward-mode differentiation; differentiating twice (except impl="reference").
+        NotImplementedError: forward-mode differentiation, torch.func.grad and its kin, differentiating twice (all of
+            which impl="reference" does).
     """
     check_scan(q, k, v, f, W, initial_state, cu_seqlens, state_grad_clip)
     registry.check_name(impl)
@@ -83,7 +85,7 @@ def m2rnn(
         q, k, v, W = _autocast(q, k, v, W)
         y, final_state = reference.reference(q, k, v, f, W, initial_state, cu_seqlens, state_grad_clip)
     else:
-        _refuse_forward_ad(q, k, v, f, W, initial_state)
+        _refuse_transforms(q, k, v, f, W, initial_state)
         y, final_state = scan(q, k, v, f, W, initial_state, cu_seqlens, state_grad_clip, impl)
     return M2RNNOutput(y, final_state if output_final_state else None)
 
@@ -112,15 +114,13 @@ def m2rnn_step(
         TypeError, ValueError, NotImplementedError: as `m2rnn`.
     """
     registry.check_name(impl)
-    if initial_state is None and all(isinstance(x, Tensor) for x in (q, k, v, f, W)) and q.dim() == 3 == v.dim():
-        N = max(q.shape[1], k.shape[1], v.shape[1], f.shape[-1], W.shape[0])
-        initial_state = v.new_zeros(q.shape[0], N, q.shape[2], v.shape[2], dtype=state_dtype(v))
-    check_step(q, k, v, f, W, initial_state)  # type: ignore[arg-type]
-    assert initial_state is not None  # check_step raised otherwise; this line is for the type checker
+    B, _, N, K, V, _ = check_step(q, k, v, f, W, initial_state)
+    if initial_state is None:
+        initial_state = v.new_zeros(B, N, K, V, dtype=state_dtype(v))
     if impl == "reference":
         q, k, v, W = _autocast(q, k, v, W)
         return M2RNNStepOutput(*reference.step(q, k, v, f, W, initial_state))
-    _refuse_forward_ad(q, k, v, f, W, initial_state)
+    _refuse_transforms(q, k, v, f, W, initial_state)
     return M2RNNStepOutput(*step(q, k, v, f, W, initial_state, impl))
 
 
@@ -161,12 +161,20 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-def _refuse_forward_ad(*tensors: Tensor | None) -> None:
-    """Forward-mode AD through a custom op would give zero tangents without a word (torch 2.11, 2.13)."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+def _refuse_transforms(*tensors: Tensor | None) -> None:
+    """What a custom op cannot do (torch 2.11, 2.13), said in words of ours.
+
+    Forward-mode AD would give zero tangents without a word; torch.func.grad ends in a message about setup_context.
+    """
+    if torch.compiler.is_compiling():
         return
-    for x in tensors:
-        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
-            raise NotImplementedError(
-                "m2rnn: forward-mode differentiation is not supported by the op; use impl='reference'"
-            )
+    present = [x for x in tensors if x is not None]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in present):
+        raise NotImplementedError(
+            "m2rnn: forward-mode differentiation is not supported by the op; use impl='reference'"
+        )
+    if functorch_active() and any(map(differentiated_by_functorch, present)):
+        raise NotImplementedError(
+            "m2rnn: torch.func.grad, vjp and jacrev are not supported by the op; use torch.autograd.grad, which "
+            "goes through torch.vmap too, or impl='reference'"
+        )

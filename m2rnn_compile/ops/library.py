@@ -40,6 +40,20 @@ def register_autocast(op_name: str, op: Callable[..., Any], low: tuple[int, ...]
     LIB.impl(op_name, rule("cuda"), "AutocastCUDA")
 
 
+def functorch_active() -> bool:
+    """Inside of torch.vmap, torch.func.grad or their kin."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def differentiated_by_functorch(x: Tensor) -> bool:
+    """Whether a torch.func.grad (vjp, jacrev ...) around us tracks `x`, also below layers of vmap."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_gradtrackingtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
+
+
 def fold_vmap_into_heads(size: int, x: Tensor | None, bdim: int | None, head_axis: int) -> Tensor | None:
     """Turn a vmapped dimension into the outermost part of the head dimension.
 

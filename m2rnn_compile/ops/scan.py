@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from . import registry
-from .library import LIB, fold_vmap_into_heads, register_autocast, unfold_vmap_from_heads
-from .validation import check_clip, check_cu_seqlens_values, check_scan, num_checkpoints, state_dtype
+from .library import LIB, fold_vmap_into_heads, functorch_active, register_autocast, unfold_vmap_from_heads
+from .validation import check_backward, check_clip, check_cu_seqlens_values, check_scan, num_checkpoints, state_dtype
 
 # Steps between two stored states. 64 keeps the checkpoints at 1/64 of all states and a chunk in on-chip memory.
 DEFAULT_CHUNK = 64
@@ -77,6 +77,8 @@ def _scan_backward_kernel(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if chunk < 1:
         raise ValueError(f"m2rnn: scan_backward needs the checkpoints of a scan with chunk >= 1, got chunk = {chunk}")
+    shape = check_scan(q, k, v, f, W, initial_state, cu_seqlens, state_grad_clip)
+    check_backward(shape, dy, dfinal_state, checkpoints, chunk, cu_seqlens is not None)
     lowering = registry.lowering_for(impl, q.device, (q, k, v, f, W, initial_state, cu_seqlens))
     result = lowering.scan_backward(
         dy, dfinal_state, q, k, v, f, W, initial_state, cu_seqlens, checkpoints, state_grad_clip, chunk
@@ -231,6 +233,8 @@ def scan(
     """Call the op, keeping checkpoints only when a gradient may be asked for."""
     check_clip(state_grad_clip)
     tensors = (q, k, v, f, W) if initial_state is None else (q, k, v, f, W, initial_state)
-    chunk = DEFAULT_CHUNK if torch.is_grad_enabled() and any(x.requires_grad for x in tensors) else 0
+    # A tensor inside of vmap does not tell whether the one outside requires a gradient.
+    wanted = torch.is_grad_enabled() and (any(x.requires_grad for x in tensors) or functorch_active())
+    chunk = DEFAULT_CHUNK if wanted else 0
     y, final_state, _ = _scan(q, k, v, f, W, initial_state, cu_seqlens, state_grad_clip, chunk, impl)
     return y, final_state

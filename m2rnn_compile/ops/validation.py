@@ -99,6 +99,9 @@ def _dtypes_and_devices(q: Tensor, k: Tensor, v: Tensor, others: dict[str, Tenso
             raise TypeError(
                 f"m2rnn: `{name}` must be float32, float64, bfloat16 or float16, got {x.dtype}; cast it with .to()"
             )
+    for name, x in {"q": q, "k": k, "v": v, **others}.items():
+        if x is not None and x.layout != torch.strided:
+            raise TypeError(f"m2rnn: `{name}` must be dense, got layout {x.layout}; convert it with .to_dense()")
     for name, x in {"k": k, "v": v, **others}.items():
         if x is not None and x.device != q.device:
             raise ValueError(
@@ -176,10 +179,35 @@ def check_scan(
     return ScanShape(B, T, N, K, V, S)
 
 
-def check_step(q: Tensor, k: Tensor, v: Tensor, f: Tensor, W: Tensor, initial_state: Tensor) -> ScanShape:
-    """The same for one decoding step, whose inputs have no time dimension."""
-    for name, x in {"q": q, "k": k, "v": v, "f": f, "W": W, "initial_state": initial_state}.items():
+def check_backward(
+    shape: ScanShape, dy: Tensor | None, dfinal_state: Tensor | None, checkpoints: Tensor, chunk: int, packed: bool
+) -> None:
+    """Check what `scan_backward` takes beyond the scan's own arguments: kernels turn these shapes into addresses.
+
+    Raises:
+        ValueError: a shape that does not fit.
+    """
+    B, T, N, K, V, S = shape
+    sizes = {"B": B, "T": T, "N": N, "K": K, "V": V, "S": S}
+    if dy is not None:
+        _has_shape("dy", dy, ("B", "T", "N", "V"), sizes)
+    if dfinal_state is not None:
+        _has_shape("dfinal_state", dfinal_state, ("S", "N", "K", "V"), sizes)
+    _has_shape("checkpoints", checkpoints, ("B", "NC", "N", "K", "V"), sizes)
+    filled = T // chunk + S if packed else (T + chunk - 1) // chunk
+    if checkpoints.shape[1] < filled:
+        raise ValueError(
+            f"m2rnn: `checkpoints` must hold at least {filled} states for T = {T} and chunk = {chunk}, got "
+            f"{checkpoints.shape[1]}; pass those of a scan with the same arguments"
+        )
+
+
+def check_step(q: Tensor, k: Tensor, v: Tensor, f: Tensor, W: Tensor, initial_state: Tensor | None) -> ScanShape:
+    """The same as `check_scan` for one decoding step, whose inputs have no time dimension."""
+    for name, x in {"q": q, "k": k, "v": v, "f": f, "W": W}.items():
         _is_tensor(name, x)
+    if initial_state is not None:
+        _is_tensor("initial_state", initial_state)
     _has_shape("q", q, ("B", "Nq", "K"), {})
     B, K = q.shape[0], q.shape[2]
     _has_shape("k", k, ("B", "Nk", "K"), {"B": B, "K": K})
@@ -190,7 +218,8 @@ def check_step(q: Tensor, k: Tensor, v: Tensor, f: Tensor, W: Tensor, initial_st
     if K == 0 or V == 0:
         raise ValueError(f"m2rnn: K and V must be at least 1, got K = {K} (last dimension of q) and V = {V} (of v)")
     N = _num_heads({"q": q.shape[1], "k": k.shape[1], "v": v.shape[1], "f": f.shape[1], "W": W.shape[0]})
-    _has_shape("initial_state", initial_state, ("B", "N", "K", "V"), {"B": B, "N": N, "K": K, "V": V})
+    if initial_state is not None:
+        _has_shape("initial_state", initial_state, ("B", "N", "K", "V"), {"B": B, "N": N, "K": K, "V": V})
     _dtypes_and_devices(q, k, v, {"f": f, "W": W, "initial_state": initial_state})
     return ScanShape(B, 1, N, K, V, B)
 

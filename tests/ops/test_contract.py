@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,21 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from m2rnn_compile import m2rnn, m2rnn_step
-from m2rnn_compile.lowering import cpu
 from m2rnn_compile.testing import ScanInputs, make_inputs, oracle, run
-
-IMPLS = ["eager", pytest.param("cpp", marks=pytest.mark.skipif(cpu.availability() is not None, reason="no compiler"))]
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x,
-    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
-    "expanded": lambda x: x[:1].expand_as(x),
-    "permuted": lambda x: x.permute(*range(x.dim() - 1, -1, -1)).contiguous().permute(*range(x.dim() - 1, -1, -1)),
-    "offset": lambda x: torch.cat([x[:1], x])[1:],
-}
-
-
-def leaves(x: ScanInputs, layout: str = "contiguous") -> list[Tensor]:
-    return [LAYOUTS[layout](t).detach().requires_grad_() for t in x.named_inputs().values()]
+from tests.ops.helpers import IMPLS, LAYOUTS, leaves
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -336,6 +322,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "cu_seqlens that goes back": (
         change(P, cu_seqlens=torch.tensor([0, 4, 3, 6])), ValueError, r"must not decrease.*cu_seqlens\[2\] = 3"
     ),
+    "sparse weights": (change(X, W=X.W.to_sparse()), TypeError, r"`W` must be dense, got layout torch.sparse_coo"),
     "K of zero": (change(X, q=X.q[..., :0], k=X.k[..., :0], initial_state=None), ValueError, "at least 1, got K = 0"),
 }  # fmt: skip
 
@@ -345,6 +332,42 @@ def test_wrong_input_gets_a_clear_error(case: str) -> None:
     arguments, error, message = WRONG[case]
     with pytest.raises(error, match=message):
         m2rnn(**arguments)
+
+
+S = {name: x if name in ("W", "initial_state") else x[:, 0] for name, x in X.named_inputs().items()}
+WRONG_STEPS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "a time dimension": (S | dict(q=X.q), ValueError, r"`q` must have 3 dimensions \[B, Nq, K\]"),
+    "scalar gate": (S | dict(f=torch.tensor(1.0), initial_state=None), ValueError, r"`f` must have 2 dimensions"),
+    "scalar W": (S | dict(W=torch.tensor(1.0), initial_state=None), ValueError, r"`W` must have 3 dimensions"),
+    "state of another batch": (S | dict(initial_state=X.initial_state[:1]), ValueError, "`initial_state`.*B = 2"),
+    "not a tensor": (S | dict(initial_state=[0.0]), TypeError, "`initial_state` must be a torch.Tensor, got list"),
+    "unknown impl": (S | dict(impl="cuda"), ValueError, "`impl` must be one of"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_STEPS, ids=lambda c: c.replace(" ", "-"))
+def test_wrong_input_of_a_step_gets_a_clear_error(case: str) -> None:
+    arguments, error, message = WRONG_STEPS[case]
+    with pytest.raises(error, match=message):
+        m2rnn_step(**arguments)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_backward_op_refuses_what_would_become_wrong_addresses(impl: str, packed: bool) -> None:
+    x = make_inputs(1, 11, 2, 3, 5, seqlens=[6, 0, 5] if packed else None)
+    scan_args = (x.q, x.k, x.v, x.f, x.W, None, x.cu_seqlens)
+    saved = torch.ops.m2rnn.scan(*scan_args, None, 4, impl)[2]
+    for dy, dh, checkpoints, message in (
+        (x.dy[:, :-1], None, saved, "`dy`.*T = 11"),
+        (x.dy, x.dfinal_state[..., :1], saved, "`dfinal_state`.*V = 5"),
+        (x.dy, None, saved[:, :2], "`checkpoints` must hold at least"),
+        (x.dy, None, saved[..., :1], "`checkpoints`.*V = 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            torch.ops.m2rnn.scan_backward(dy, dh, *scan_args, checkpoints, None, 4, impl)
+    with pytest.raises(ValueError, match="chunk >= 1, got chunk = 0"):
+        torch.ops.m2rnn.scan_backward(x.dy, None, *scan_args, saved, None, 0, impl)
 
 
 def test_the_oracle_agrees_with_the_equations_written_out() -> None:

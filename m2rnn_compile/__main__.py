@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 DESCRIPTION = """\
 M2RNN, the matrix-state non-linear RNN (arXiv 2603.14360), as a compile-native PyTorch op.
@@ -42,39 +43,26 @@ examples:
 """
 
 
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def _number(kind: type[int] | type[float], accepts: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
+    """An argument type: a number that `accepts` takes; `expected` says which those are."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):  # a comparison with NaN is false
+            raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r}")
+        return value
+
+    return parse
 
 
-def _positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be greater than 0, got {text}")
-    return value
-
-
-def _non_negative_int(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
-    return value
-
-
-def _non_negative_float(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
-    return value
-
-
-def _probability(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text}")
-    return value
+_positive_int = _number(int, lambda n: n >= 1, "a whole number, at least 1")
+_positive_float = _number(float, lambda x: 0 < x < float("inf"), "a number greater than 0")
+_non_negative_float = _number(float, lambda x: 0 <= x < float("inf"), "a number, at least 0")
+_probability = _number(float, lambda x: 0 < x <= 1, "a number in (0, 1]")
+_seed = _number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2**63 - 1")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -98,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint of --out (default: the newest run)"
     )
-    demo.add_argument("--seed", type=_non_negative_int, help="of weights and data order (default: 0)")
+    demo.add_argument("--seed", type=_seed, help="of weights and data order (default: 0)")
     demo.add_argument("--threads", type=_positive_int, help="CPU threads (default: 2; part of what fixes the bits)")
     demo.add_argument("--eager", action="store_true", help="train without torch.compile (needs no C++ compiler; slow)")
 
@@ -117,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=_non_negative_float, default=0.7, help="0 is greedy (default: 0.7)")
     generate.add_argument("--top-k", type=_positive_int, help="draw among the k most likely bytes only")
     generate.add_argument("--top-p", type=_probability, help="draw among the likeliest bytes of this total probability")
-    generate.add_argument("--seed", type=_non_negative_int, default=0)
+    generate.add_argument("--seed", type=_seed, default=0)
     generate.add_argument("--threads", type=_positive_int, default=2)
 
     check = commands.add_parser(

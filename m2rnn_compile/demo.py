@@ -6,14 +6,17 @@ from __future__ import annotations
 import argparse
 import codecs
 import gzip
+import io
 import json
 import lzma
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +58,9 @@ class UserError(ValueError):
 
 def main(args: argparse.Namespace) -> int:
     """Run one parsed command line; returns the exit status."""
+    for text in (sys.stdout, sys.stderr):
+        if isinstance(text, io.TextIOWrapper):
+            text.reconfigure(errors="replace")  # not every terminal has our letters
     console = Console(highlight=False)
     commands = {"demo": run_demo, "generate": run_generate, "check-export": run_check_export}
     try:
@@ -70,6 +76,13 @@ def main(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")
         return 130
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        fault = f"{error.strerror}: {error.filename!r}" if error.filename else str(error)
+        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(fault)}", soft_wrap=True)
+        return 2
 
 
 # -- demo ------------------------------------------------------------------------------------------------------------
@@ -129,11 +142,16 @@ def _run_folder(args: argparse.Namespace) -> Path:
     out = RUNS / time.strftime("demo-%Y%m%d-%H%M%S") if args.out is None else Path(args.out)
     if list_steps(out / CHECKPOINTS):
         raise UserError(f"{str(out)!r} already holds a run; go on with it by --resume, or give another --out")
+    return out
+
+
+def _create(out: Path, source: str | None) -> None:
+    """Make the folder of a new run and note where its data is."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        (out / RUN).write_text(json.dumps({"data": source}) + "\n")
     except OSError as error:
-        raise UserError(f"cannot create the folder {str(out)!r}: {error.strerror}; give another --out") from error
-    return out
+        raise UserError(f"cannot write to the folder {str(out)!r}: {error.strerror}; give another --out") from error
 
 
 def _start(args: argparse.Namespace, console: Console, out: Path) -> Trainer:
@@ -165,13 +183,13 @@ def _start(args: argparse.Namespace, console: Console, out: Path) -> Trainer:
     if args.resume:
         trainer.resume()
     else:
+        source = None if source is None else str(Path(source).resolve())
+        _create(out, source)
         if args.minutes is not None:
             with console.status("compiling, then timing a step ..."):
                 # A tenth for what is not forward and backward: optimizer, data, display.
                 steps = max(1, round(args.minutes * 60 / (1.1 * trainer.seconds_per_step())))
             trainer.config = replace(config, steps=steps, checkpoint_every=max(1, min(200, steps)))
-        source = None if source is None else str(Path(source).resolve())
-        (out / RUN).write_text(json.dumps({"data": source}) + "\n")
     _print_start(console, trainer, source)
     return trainer
 
@@ -183,6 +201,7 @@ def _saved_run(out: Path, args: argparse.Namespace) -> tuple[LMConfig, TrainConf
         model_config = LMConfig.from_dict(saved.state["model"])
         values = dict(saved.state["train"])
         config = TrainConfig(**(values | {"betas": tuple(values["betas"])}))
+        HybridLM(model_config, device="meta")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"checkpoint {str(saved.path)!r} holds no usable config: {error}; start afresh with another --out"
@@ -343,6 +362,9 @@ def run_check_export(args: argparse.Namespace, console: Console) -> int:
         expected = load_file(args.expected)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {args.expected!r}: {error}; export again") from error
+    if not zipfile.is_zipfile(args.program):  # torch would log a page before it says so
+        there = "not an exported program, or cut short" if Path(args.program).is_file() else "there is no such file"
+        raise UserError(f"cannot load {args.program!r}: {there}; export again")
     try:
         program = torch.export.load(args.program)
     except Exception as error:  # torch.export.load has no error type of its own for a damaged file
@@ -373,7 +395,7 @@ def run_generate(args: argparse.Namespace, console: Console) -> int:
     model = load_model(args.checkpoint)
     generator = torch.Generator().manual_seed(args.seed)
     decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
-    sys.stdout.write(args.prompt)
+    sys.stdout.write(decode(args.prompt.encode(errors="surrogateescape")))
     for token in stream(
         model,
         _to_tokens(args.prompt),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mixer import SequenceMixer, check_layout, positions_in_sequence, sequence_ids
+from .mixer import SequenceMixer, check_layout, check_rows, positions_in_sequence, sequence_ids
 
 
 class AttentionCache(NamedTuple):
@@ -125,6 +125,8 @@ class Attention(SequenceMixer):
         k = k.unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = v.unflatten(-1, (self.num_kv_heads, self.head_dim))
         past = 0 if cache is None else cache.k.shape[1]
+        if cache is not None:
+            check_rows("Attention", "cache.k", cache.k, (B, past, self.num_kv_heads, self.head_dim))
         if self.rope_theta is not None:
             if cu_seqlens is not None:
                 position, _ = positions_in_sequence(cu_seqlens, T)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mixer import positions_in_sequence
+from .mixer import check_rows, positions_in_sequence
 
 
 class CausalConv(nn.Module):
@@ -62,7 +62,15 @@ class CausalConv(nn.Module):
 
         Returns:
             ``(y, final_state)``: y in x's shape and dtype; final_state like `state`, or None.
+
+        Raises:
+            ValueError: shapes or boundaries that do not fit.
         """
+        if x_BTC.dim() != 3 or x_BTC.shape[2] != self.channels:
+            raise ValueError(f"CausalConv: `x_BTC` must have shape [B, T, {self.channels}], got {tuple(x_BTC.shape)}")
+        if state is not None:
+            sequences = x_BTC.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            check_rows("CausalConv", "state", state, (sequences, self.width - 1, self.channels))
         if attention_mask is not None:
             x_BTC = torch.where(attention_mask.to(torch.bool)[:, :, None], x_BTC, 0)
         if cu_seqlens is not None:

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import m2rnn, m2rnn_step
+from ..ops.registry import check_name
+from ..ops.validation import check_clip
 from .conv import CausalConv
-from .mixer import SequenceMixer, check_layout
+from .mixer import SequenceMixer, check_layout, check_rows
 from .norm import RMSNorm
 
 # A projection whose width is not a multiple of 64 misses the fast GEMM tiles: 2900 columns cost 3x 2944 on an H200.
@@ -103,7 +105,7 @@ class M2RNN(SequenceMixer):
         impl: implementation of the recurrence, see `m2rnn`.
 
     Raises:
-        ValueError: sizes or head counts that do not fit.
+        TypeError, ValueError: sizes, head counts or options that do not fit.
     """
 
     no_weight_decay = ("D",)
@@ -138,6 +140,8 @@ class M2RNN(SequenceMixer):
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"M2RNN: `{name}` must be at least 1, got {size}")
+        check_clip(state_grad_clip)
+        check_name(impl)
         heads = dict(
             num_q_heads=num_q_heads,
             num_k_heads=num_k_heads,
@@ -229,6 +233,11 @@ class M2RNN(SequenceMixer):
         """
         check_layout("M2RNN", x, self.hidden_size, cu_seqlens, attention_mask)
         single_step = cache is not None and cu_seqlens is None and x.shape[1] == 1
+        if cache is not None:
+            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            kept = (sequences, self.conv1d.width - 1, self.conv1d.channels)
+            check_rows("M2RNN", "cache.conv_state", cache.conv_state, kept)
+            check_rows("M2RNN", "cache.state", cache.state, (sequences, self.num_heads, self.key_dim, self.value_dim))
         qkv, x_f, g = self._project(x, pad=not single_step)
         qkv, conv_state = self.conv1d(
             qkv,

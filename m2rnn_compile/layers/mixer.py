@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.validation import check_cu_seqlens_values
+
 # A mixer's decode cache: a NamedTuple of tensors whose first dimension is the batch (packed: the sequence). Being a
 # plain tuple of tensors it passes through torch.compile, torch.export and tree_map as it is.
 Cache = Any
@@ -83,8 +85,28 @@ def select_rows(cache: Cache, rows: Tensor) -> Cache:
     return torch.utils._pytree.tree_map_only(Tensor, lambda x: x.index_select(0, rows), cache)
 
 
+def check_rows(owner: str, name: str, x: Tensor, expected: tuple[int, ...]) -> None:
+    """Check the shape of one tensor of a cache.
+
+    Raises:
+        ValueError: naming what was got and expected.
+    """
+    if tuple(x.shape) != expected:
+        raise ValueError(
+            f"{owner}: `{name}` must have shape {expected} for this input, got {tuple(x.shape)}; a cache belongs to "
+            "one layer and holds one row for each sequence: make it with init_cache(number of sequences)"
+        )
+
+
 def sequence_ids(cu_seqlens: Tensor, T: int) -> Tensor:
-    """Which packed sequence each of the T steps belongs to, ``[T]`` int64; zero-length sequences own no step."""
+    """Which packed sequence each of the T steps belongs to, ``[T]`` int64; zero-length sequences own no step.
+
+    Raises:
+        ValueError: boundaries that do not run from 0 to T, or that go back (looked at where reading them is free: in
+            eager mode on a CPU; the scan itself looks again).
+    """
+    if type(cu_seqlens) is Tensor and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_cu_seqlens_values(cu_seqlens, T)
     steps = torch.arange(T, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:].contiguous(), steps, right=True)
 

@@ -107,8 +107,10 @@ def save(
             shutil.rmtree(target)
         os.replace(partial, target)
         _fsync(Path(root))
-    except OSError as error:
+    except BaseException as error:  # a second Ctrl-C too leaves nothing half written behind
         shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         raise CheckpointError(
             f"cannot write checkpoint {str(target)!r}: {error.strerror or error}; free space or choose another folder"
         ) from error
@@ -125,9 +127,10 @@ def load(path: str | Path) -> Checkpoint:
     """
     st = _safetensors()
     folder = Path(path)
+    if not folder.is_dir():
+        fault = "it is not a folder" if folder.exists() else "there is no such folder"
+        raise CheckpointError(f"no checkpoint at {str(folder)!r}: {fault}; check the path")
     if not (folder / STATE).exists() and not folder.name.startswith("step-"):
-        if not folder.is_dir():
-            raise CheckpointError(f"no checkpoint at {str(folder)!r}: there is no such folder; check the path")
         if (folder / CHECKPOINTS).is_dir():
             folder = folder / CHECKPOINTS
         steps = list_steps(folder)

@@ -116,6 +116,18 @@ def stream(
     if prefill_chunk is not None and prefill_chunk < 1:
         raise ValueError(f"stream: `prefill_chunk` must be at least 1, got {prefill_chunk}")
     B, T = prompt.shape
+    if attention_mask is not None:
+        real = attention_mask.to(torch.bool)
+        if real.shape != prompt.shape:
+            raise ValueError(
+                f"stream: `attention_mask` must have the shape of `prompt`, {tuple(prompt.shape)}, got "
+                f"{tuple(real.shape)}"
+            )
+        if not bool(real[:, -1].all()) or bool((real[:, :-1] & ~real[:, 1:]).any()):
+            raise ValueError(
+                "stream: `attention_mask` must be False on padding at the left of each row and True from there to the "
+                "end, but a row ends in padding or has a gap; see left_pad"
+            )
     call = forward or model
     cache = model.init_cache(B, device=prompt.device)
     done = torch.zeros(B, dtype=torch.bool, device=prompt.device)

@@ -131,10 +131,18 @@ class HybridLM(nn.Module):
         Raises:
             TypeError, ValueError: arguments that do not fit.
         """
-        if tokens.dim() != 2 or tokens.is_floating_point():
+        if tokens.dim() != 2 or tokens.dtype not in (torch.int32, torch.int64):
             raise ValueError(
-                f"HybridLM: `tokens` must be integers [B, T], got {tokens.dtype} of shape {tuple(tokens.shape)}"
+                f"HybridLM: `tokens` must be integers [B, T], int32 or int64, got {tokens.dtype} of shape "
+                f"{tuple(tokens.shape)}"
             )
+        if cache is not None and len(cache) != len(self.transformer.h):
+            raise ValueError(
+                f"HybridLM: `cache` must hold one entry for each of the {len(self.transformer.h)} layers, got "
+                f"{len(cache)}; start from init_cache"
+            )
+        if logits_to_keep is not None and logits_to_keep < 1:
+            raise ValueError(f"HybridLM: `logits_to_keep` must be at least 1 or None, got {logits_to_keep}")
         x = self.transformer.wte(tokens)
         new_cache: list[Cache] = []
         for i, block in enumerate(self.transformer.h):

@@ -165,7 +165,6 @@ class Trainer:
                 f"checkpoint file {str(saved.path / checkpoint.STATE)!r} is damaged ({error}); start afresh in "
                 "another folder"
             ) from error
-        _cut_log(self.out / LOG, self.step)
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -222,6 +221,7 @@ class Trainer:
             TrainingError, CheckpointError: see `train_step` and `save`.
         """
         self.out.mkdir(parents=True, exist_ok=True)
+        _cut_log(self.out / LOG, self.step)  # an earlier run in this folder may have ended before its first checkpoint
         saved = self.step if checkpoint.step_folder(self.checkpoints, self.step).exists() else -1
         with (self.out / LOG).open("a", buffering=1) as log:
             while self.step < self.config.steps and not stop():

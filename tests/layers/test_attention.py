@@ -100,6 +100,23 @@ def test_errors():
     a = make(num_heads=4)
     with pytest.raises(ValueError, match="cache cannot be combined"):
         a(torch.zeros(1, 3, D).double(), cache=a.init_cache(1), cu_seqlens=torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match=r"`cache.k` must have shape \(2, 0, 4, 6\).*got \(1, 0, 4, 6\)"):
+        a(torch.zeros(2, 3, D).double(), cache=a.init_cache(1))
+
+
+@pytest.mark.parametrize(
+    "bounds, message",
+    [
+        ([0, 2], "from 0 to T = 3, got first = 0, last = 2"),
+        ([1, 3], "got first = 1"),
+        ([0, 4], "last = 4"),
+        ([0, 2, 1, 3], r"must not decrease, got cu_seqlens\[1\] = 2"),
+    ],
+)
+def test_boundaries_that_do_not_fit_are_refused(bounds, message):
+    """The scan refuses them too, but a model may have attention layers only."""
+    with pytest.raises(ValueError, match=message):
+        make(num_heads=4)(torch.zeros(1, 3, D).double(), cu_seqlens=torch.tensor(bounds))
 
 
 def test_rms_norm_takes_fp32_statistics():

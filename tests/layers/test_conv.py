@@ -114,3 +114,20 @@ def test_low_precision_sums_in_fp32():
     assert y.dtype == torch.bfloat16
     # one rounding to bf16 (half an eps relative), fp32 sums being exact beside it
     assert ((y.double() - exact).abs() <= 0.51 * torch.finfo(torch.bfloat16).eps * exact.abs() + 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    "x, options, message",
+    [
+        ((2, 4, 1), {}, r"`x_BTC` must have shape \[B, T, 6\], got \(2, 4, 1\)"),  # would broadcast
+        ((4, 6), {}, "`x_BTC` must have shape"),
+        ((2, 4, 6), dict(state=torch.zeros(1, 3, 6)), r"`state` must have shape \(2, 3, 6\).*got \(1, 3, 6\)"),
+        ((2, 4, 6), dict(state=torch.zeros(2, 2, 6)), r"`state` must have shape \(2, 3, 6\).*got \(2, 2, 6\)"),
+        ((1, 4, 6), dict(state=torch.zeros(1, 3, 6), cu_seqlens=cu([1, 3])), r"`state` must have shape \(2, 3, 6\)"),
+        ((1, 4, 6), dict(cu_seqlens=cu([3])), "from 0 to T = 4, got first = 0, last = 3"),
+        ((1, 4, 6), dict(cu_seqlens=cu([3, -1, 2])), "must not decrease"),
+    ],
+)
+def test_errors(x, options, message):
+    with pytest.raises(ValueError, match=message):
+        CausalConv(C)(torch.zeros(x), **options)

@@ -273,6 +273,8 @@ def test_weight_decay_groups():
         ),
         (dict(num_heads=4, key_dim=0), "`key_dim`"),
         (dict(num_heads=4, conv_size=0), "`conv_size`"),
+        (dict(num_heads=4, impl="cuda"), "`impl` must be one of 'auto'"),
+        (dict(num_heads=4, state_grad_clip=-1.0), "`state_grad_clip` must be >= 0"),
     ],
 )
 def test_constructor_errors_name_argument_and_way_out(options, message):
@@ -294,6 +296,39 @@ def test_call_errors():
         layer(x, attention_mask=torch.ones(2, 3))
     with pytest.raises(ValueError, match="cu_seqlens"):
         layer(x[:1], cu_seqlens=cu([3]))
+    for T in (4, 1):
+        with pytest.raises(ValueError, match=r"`cache.conv_state` must have shape \(2, 3, 32\).*got \(3, 3, 32\)"):
+            layer(x[:, :T], cache=layer.init_cache(3))
+    with pytest.raises(ValueError, match=r"`cache.conv_state` must have shape \(3, 3, 32\).*got \(2, 3, 32\)"):
+        layer(x[:1], cache=layer.init_cache(2), cu_seqlens=cu([1, 1, 2]))
+    other = make(key_dim=5, value_dim=3, num_q_heads=2, num_k_heads=2)
+    assert other.init_cache(2).conv_state.shape == layer.init_cache(2).conv_state.shape
+    with pytest.raises(ValueError, match=r"`cache.state` must have shape \(2, 4, 6, 5\).*belongs to one layer"):
+        layer(x, cache=other.init_cache(2))
+
+
+def test_nan_in_one_row_stays_there():
+    """Padded, packed, and under the mask: no row's values or gradients hear of another's."""
+    layer, lengths = make(), [5, 8]
+    x, dy = torch.randn(2, 6, D).double(), torch.randn(2, 6, D).double()
+    bad = x.clone()
+    bad[1, 2] = float("nan")
+    clean, dirty = run_module(layer, x, dy), run_module(layer, bad, dy)
+    assert torch.equal(clean["y"][0], dirty["y"][0])
+    assert torch.equal(clean["dx"][0], dirty["dx"][0])
+    assert dirty["y"][1, 2:].isnan().all()
+
+    x, dy = torch.randn(1, 13, D).double(), torch.randn(1, 13, D).double()
+    bad = x.clone()
+    bad[0, 4] = float("inf")  # the last step of the first sequence, next to the second
+    clean, dirty = (run_module(layer, t, dy, cu_seqlens=cu(lengths)) for t in (x, bad))
+    assert torch.equal(clean["y"][:, 5:], dirty["y"][:, 5:])
+    assert torch.equal(clean["dx"][:, 5:], dirty["dx"][:, 5:])
+    assert not dirty["y"][:, 4].isfinite().all()
+
+    mask = torch.arange(13)[None] >= 4
+    hidden = x.masked_fill(~mask[..., None], float("nan"))
+    assert torch.equal(layer(hidden, attention_mask=mask)[mask], layer(x, attention_mask=mask)[mask])
 
 
 def test_no_steps_and_no_rows():

@@ -67,14 +67,24 @@ def test_a_differing_export_gives_status_one(texts, capfd, monkeypatch):
         (["demo", "--eager", "--resume", "--out", "nowhere"], "no checkpoint at 'nowhere'"),
         (["demo", "--eager", "--resume"], "nothing to resume"),
         (["generate", "nowhere"], "no checkpoint at 'nowhere'"),
+        (["demo", "--eager", "--data", "texts", "--out", "texts/file00.txt"], "cannot write to the folder"),
+        (["demo", "--eager", "--data", "texts", "--out", "/proc"], "cannot write to the folder '/proc'"),
+        (["generate", "run/checkpoints/step-00000009"], "there is no such folder"),
         (["check-export", "nowhere.pt2", "nowhere.safetensors"], "cannot read 'nowhere.safetensors'"),
+        (["check-export", "nowhere.pt2", "some.safetensors"], "cannot load 'nowhere.pt2': there is no such file"),
+        (["check-export", "cut.pt2", "some.safetensors"], "cannot load 'cut.pt2': not an exported program, or cut"),
     ],
 )
-def test_user_errors_give_status_two_and_one_message(argv, message, capfd):
+def test_user_errors_give_status_two_and_one_message(argv, message, texts, capfd):
+    Path("cut.pt2").write_bytes(b"PK\3\4 and no more")
+    demo.save_file({"tokens.0": torch.zeros(1, 1, dtype=torch.int64)}, "some.safetensors")
+    before = sorted(Path().rglob("*"))
     assert main(argv) == 2
     captured = capfd.readouterr()
     assert message in captured.err
+    assert captured.err.count("\n") == 1
     assert "Traceback" not in captured.err + captured.out
+    assert sorted(Path().rglob("*")) == before  # no empty folder of a run that never was
 
 
 def test_misuse_of_a_run_folder(texts, capfd):
@@ -87,6 +97,13 @@ def test_misuse_of_a_run_folder(texts, capfd):
         status = trained(texts, *argv)
         assert status == (0 if message is None else 2)
         assert message is None or message in capfd.readouterr().err
+    state = next(Path("run/checkpoints").glob("step-*/state.json"))
+    good = state.read_text()
+    state.write_text(good.replace('"MAM"', '"MZM"'))
+    assert trained(texts, "--resume") == 2
+    assert "no mixer has the letter 'Z'" in capfd.readouterr().err
+    state.write_text(good)
+    _generate_where_the_output_is_no_friend(capfd)
     Path(texts, "file03.txt").write_text("changed since")
     assert trained(texts, "--resume") == 2
     assert "another data" in capfd.readouterr().err
@@ -94,6 +111,21 @@ def test_misuse_of_a_run_folder(texts, capfd):
     model.write_bytes(model.read_bytes()[:100])
     assert main(["generate", "run"]) == 2
     assert "model.safetensors' is truncated" in capfd.readouterr().err
+
+
+def _generate_where_the_output_is_no_friend(capfd):
+    """In processes of their own: standard output is a pipe that closes early, or one that knows ASCII only."""
+    command = [sys.executable, "-m", "m2rnn_compile", "generate", "run", "--threads", "1", "--max-new-tokens"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([*command, "5000"], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+    env |= {"PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run([*command, "3", "--prompt", b"caf\xc3\xa9 \xff"], env=env, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.startswith(b"caf? ?")
 
 
 def test_no_compiler_is_said_before_anything_else(monkeypatch, texts, capfd):
@@ -105,12 +137,22 @@ def test_no_compiler_is_said_before_anything_else(monkeypatch, texts, capfd):
 
 
 @pytest.mark.parametrize(
-    "argv", [["demo", "--steps", "0"], ["demo", "--minutes", "-1"], ["generate", "x", "--top-p", "2"], []]
+    "argv, message",
+    [
+        (["demo", "--steps", "0"], "must be a whole number, at least 1, got '0'"),
+        (["demo", "--steps", "1.5"], "must be a whole number, at least 1, got '1.5'"),
+        (["demo", "--minutes", "-1"], "must be a number greater than 0, got '-1'"),
+        (["demo", "--minutes", "nan"], "must be a number greater than 0, got 'nan'"),
+        (["demo", "--seed", "9" * 30], "must be a whole number from 0 to 2**63 - 1"),
+        (["generate", "x", "--top-p", "2"], "must be a number in (0, 1], got '2'"),
+        ([], "required: COMMAND"),
+    ],
 )
-def test_bad_options_give_status_two(argv, capfd):
+def test_bad_options_give_status_two(argv, message, capfd):
     with pytest.raises(SystemExit) as stopped:
         main(argv)
     assert stopped.value.code == 2
+    assert message in capfd.readouterr().err
 
 
 def test_help_teaches(capfd):

@@ -99,6 +99,14 @@ def test_errors():
         generate(model, torch.zeros(1, 0, dtype=torch.int64), max_new_tokens=1)
     with pytest.raises(ValueError, match="at least one prompt"):
         left_pad([])
+    prompt = torch.zeros(2, 4, dtype=torch.int64)
+    for mask, message in (
+        (torch.ones(2, 6), r"must have the shape of `prompt`, \(2, 4\), got \(2, 6\)"),
+        (torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]), "ends in padding or has a gap"),
+        (torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]]), "ends in padding or has a gap"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(model, prompt, max_new_tokens=1, attention_mask=mask)
     for bad in (dict(temperature=-1), dict(temperature=1, top_k=0), dict(temperature=1, top_p=0.0)):
         with pytest.raises(ValueError, match=f"`{list(bad)[-1]}` must be"):
             sample(torch.zeros(1, 4), **bad)

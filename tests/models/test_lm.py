@@ -46,8 +46,18 @@ def test_config_round_trip_and_errors():
         LMConfig.from_dict(CONFIG.to_dict() | {"m2rnn": {"heads": 1}})
     with pytest.raises(ValueError, match="no mixer has the letter 'Z'; known are"):
         HybridLM(dataclasses.replace(CONFIG, pattern="MZ"))
-    with pytest.raises(ValueError, match="must be integers"):
-        make_model()(torch.zeros(1, 3))
+
+
+def test_call_errors():
+    model, x = make_model(), tokens(2, 5)
+    for bad in (x.float(), x > 3, x[0]):
+        with pytest.raises(ValueError, match="must be integers"):
+            model(bad)
+    with pytest.raises(ValueError, match="one entry for each of the 3 layers, got 2"):
+        model(x, cache=model.init_cache(2)[:2])
+    for keep in (0, -1):
+        with pytest.raises(ValueError, match=f"`logits_to_keep` must be at least 1 or None, got {keep}"):
+            model(x, logits_to_keep=keep)
 
 
 def test_packed_documents_equal_separate_ones():

@@ -225,6 +225,28 @@ def test_unfinished_checkpoints_are_not_seen(run):
     assert checkpoint.load(run.checkpoints).path.name == "step-00000004"
 
 
+def test_a_second_interruption_while_saving_leaves_nothing_half_written(run, monkeypatch):
+    def interrupt(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_fsync", interrupt)
+    run.step = 7
+    with pytest.raises(KeyboardInterrupt):
+        run.save()
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_leaves_no_log(tmp_path, data):
+    def die(step):
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        Trainer(CONFIG, TRAIN, data, tmp_path / "run").run(die)
+    Trainer(CONFIG, TRAIN, data, tmp_path / "run").run()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / LOG).read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
 def test_only_the_newest_are_kept(run):
     assert checkpoint.list_steps(run.checkpoints) == [4, 6]
 
@@ -266,8 +288,12 @@ def test_misfits_are_named_and_leave_the_model_unchanged(run):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(CheckpointError, match="there is no such folder"):
-        checkpoint.load(tmp_path / "nowhere")
+    for name in ("nowhere", "step-00000009"):
+        with pytest.raises(CheckpointError, match="there is no such folder; check the path"):
+            checkpoint.load(tmp_path / name)
+    (tmp_path / "a file").write_text("text")
+    with pytest.raises(CheckpointError, match="it is not a folder"):
+        checkpoint.load(tmp_path / "a file")
     with pytest.raises(CheckpointError, match="expected a folder step-"):
         checkpoint.load(tmp_path)
 

@@ -1,21 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """M²RNN (arXiv 2603.14360), the matrix-state non-linear RNN, as a compile-native PyTorch library.
 
-`m2rnn` is the recurrence, `m2rnn_step` one step of it, `M2RNN` the layer. Importing this package imports torch and
-nothing else; layers, models, kernels and the command line are loaded when they are first used.
+`m2rnn` is the recurrence, `m2rnn_step` one step of it, `m2rnn_decode_step` a layer's step on a pool of states, `M2RNN`
+the layer. Importing this package imports torch and nothing else; layers, models, kernels and the command line are
+loaded when they are first used.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .ops import ImplChoice, M2RNNOutput, M2RNNStepOutput, explain_impl, m2rnn, m2rnn_step
+from .ops import ImplChoice, M2RNNOutput, M2RNNStepOutput, explain_impl, m2rnn, m2rnn_decode_step, m2rnn_step
 
 if TYPE_CHECKING:
     from .layers import M2RNN
 
 __version__ = "0.1.0"
-__all__ = ["M2RNN", "ImplChoice", "M2RNNOutput", "M2RNNStepOutput", "explain_impl", "m2rnn", "m2rnn_step"]
+__all__ = [
+    "M2RNN",
+    "ImplChoice",
+    "M2RNNOutput",
+    "M2RNNStepOutput",
+    "explain_impl",
+    "m2rnn",
+    "m2rnn_decode_step",
+    "m2rnn_step",
+]
 
 
 def __getattr__(name: str) -> Any:

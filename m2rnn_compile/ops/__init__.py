@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the ops are: schemas, validation, fakes, autograd, and the eager equations. Imports torch only."""
 
+from .decode import m2rnn_decode_step
 from .flops import register_flops
 from .functional import M2RNNOutput, M2RNNStepOutput, explain_impl, m2rnn, m2rnn_step
 from .registry import ImplChoice
 
 register_flops()
 
-__all__ = ["ImplChoice", "M2RNNOutput", "M2RNNStepOutput", "explain_impl", "m2rnn", "m2rnn_step"]
+__all__ = ["ImplChoice", "M2RNNOutput", "M2RNNStepOutput", "explain_impl", "m2rnn", "m2rnn_decode_step", "m2rnn_step"]

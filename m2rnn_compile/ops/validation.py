@@ -240,3 +240,130 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, T: int) -> list[int]:
                 f"m2rnn: `cu_seqlens` must not decrease, got cu_seqlens[{i}] = {a} and cu_seqlens[{i + 1}] = {b}"
             )
     return bounds
+
+
+class DecodeShape(NamedTuple):
+    """Sizes of one fused decoding step; `C` counts the conv channels: those of q, then of k, then of v."""
+
+    B: int
+    N: int
+    K: int
+    V: int
+    C: int
+    width: int
+    slots: int
+
+
+def check_decode(
+    qkv: Tensor,
+    x_f: Tensor,
+    g: Tensor,
+    conv_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    W: Tensor,
+    D: Tensor,
+    norm_weight: Tensor,
+    conv_state: Tensor,
+    state: Tensor,
+    state_indices: Tensor | None,
+    num_q_heads: int,
+    num_k_heads: int,
+) -> DecodeShape:
+    """Check everything that metadata can tell about one fused decoding step and return its sizes.
+
+    Raises:
+        TypeError: not a tensor, or a dtype that is not supported.
+        ValueError: a shape, head count, layout of memory or device that does not fit.
+    """
+    floats = {
+        "qkv": qkv, "x_f": x_f, "g": g, "conv_weight": conv_weight, "A_log": A_log, "dt_bias": dt_bias, "W": W, "D": D,
+        "norm_weight": norm_weight, "conv_state": conv_state, "state": state,
+    }  # fmt: skip
+    tensors = floats if state_indices is None else {**floats, "state_indices": state_indices}
+    for name, x in tensors.items():
+        _is_tensor(name, x)
+
+    _has_shape("state", state, ("slots", "N", "K", "V"), {})
+    slots, N, K, V = state.shape
+    if N == 0 or K == 0 or V == 0:
+        raise ValueError(f"m2rnn: N, K and V must be at least 1, got `state` of shape {tuple(state.shape)}")
+    _has_shape("qkv", qkv, ("B", "C"), {})
+    B, C = qkv.shape
+    v_channels = C - (num_q_heads + num_k_heads) * K
+    if v_channels <= 0 or v_channels % V != 0:
+        raise ValueError(
+            f"m2rnn: `qkv` must have Nq·K + Nk·K + Nv·V channels with Nq = {num_q_heads}, Nk = {num_k_heads} and, from "
+            f"`state`, K = {K} and V = {V}; got {C}, which leaves {v_channels} channels for v"
+        )
+    _has_shape("x_f", x_f, ("B", "Nf"), {"B": B})
+    _has_shape("g", g, ("B", "Ng·V"), {"B": B})
+    if g.shape[1] % V != 0:
+        raise ValueError(f"m2rnn: `g` must have shape [B, Ng·V] with V = {V}, got shape {tuple(g.shape)}")
+    _has_shape("W", W, ("Nw", "V", "V"), {"V": V})
+    heads = dict(q=num_q_heads, k=num_k_heads, v=v_channels // V, f=x_f.shape[1], g=g.shape[1] // V, W=W.shape[0])
+    for name, n in heads.items():
+        if n < 1 or N % n != 0:
+            raise ValueError(
+                f"m2rnn: the head count of {name} ({n}) must divide N = {N}, the heads of `state`. Heads are shared by "
+                "divisibility: head n of the result reads head n // (N / N_x) of input x."
+            )
+    _has_shape("A_log", A_log, ("Nf",), {"Nf": x_f.shape[1]})
+    _has_shape("dt_bias", dt_bias, ("Nf",), {"Nf": x_f.shape[1]})
+    _has_shape("D", D, ("N", "V"), {"N": N, "V": V})
+    _has_shape("norm_weight", norm_weight, ("N·V",), {"N·V": N * V})
+    _has_shape("conv_weight", conv_weight, ("C", "1", "width"), {"C": C, "1": 1})
+    width = conv_weight.shape[2]
+    if width == 0:
+        raise ValueError("m2rnn: `conv_weight` must have at least one tap, got width = 0")
+    _has_shape("conv_state", conv_state, ("slots", "width - 1", "C"), {"slots": slots, "width - 1": width - 1, "C": C})
+
+    for name, x in floats.items():
+        if x.dtype not in INPUT_DTYPES:
+            raise TypeError(
+                f"m2rnn: `{name}` must be float32, float64, bfloat16 or float16, got {x.dtype}; cast it with .to()"
+            )
+    if state.dtype != state_dtype(qkv):
+        raise TypeError(
+            f"m2rnn: `state` must be {state_dtype(qkv)} for `qkv` in {qkv.dtype}, got {state.dtype}; it is written in "
+            "place, so allocate the pool in that dtype"
+        )
+    if state_indices is None:
+        if slots != B:
+            raise ValueError(
+                f"m2rnn: without `state_indices` row b uses slot b, so the pool must have B = {B} slots, got {slots}; "
+                "pass state_indices [B]"
+            )
+    else:
+        if state_indices.dtype not in (torch.int32, torch.int64):
+            raise TypeError(
+                f"m2rnn: `state_indices` must be int32 or int64, got {state_indices.dtype}; cast it with .to()"
+            )
+        _has_shape("state_indices", state_indices, ("B",), {"B": B})
+    for name, x in tensors.items():
+        if x.layout != torch.strided:
+            raise TypeError(f"m2rnn: `{name}` must be dense, got layout {x.layout}; convert it with .to_dense()")
+        if x.device != qkv.device:
+            raise ValueError(
+                f"m2rnn: all tensors must be on one device, got `qkv` on {qkv.device} and `{name}` on {x.device}; "
+                f"move it with .to({str(qkv.device)!r})"
+            )
+    for name, x in {"conv_state": conv_state, "state": state}.items():
+        if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+            raise ValueError(f"m2rnn: `{name}` is written in place and must not be an expanded tensor; .clone() it")
+    return DecodeShape(B, N, K, V, C, width, slots)
+
+
+def check_slot_values(slots: list[int], num_slots: int) -> None:
+    """The values of `state_indices`, those of -1 left out: each a slot of the pool, none twice."""
+    for slot in slots:
+        if not 0 <= slot < num_slots:
+            raise ValueError(
+                f"m2rnn: `state_indices` must be slots of the pool, 0 to {num_slots - 1}, or -1 to skip a row, got "
+                f"{slot}"
+            )
+    if len(set(slots)) != len(slots):
+        raise ValueError(
+            f"m2rnn: `state_indices` must name each slot at most once in a step, got {slots}; copy the slot for a "
+            "second row that continues it"
+        )

@@ -5,7 +5,7 @@ from .attention import Attention, AttentionCache
 from .block import Block
 from .conv import CausalConv
 from .m2rnn import M2RNN, DecayGate, M2RNNCache
-from .mixer import Cache, SequenceMixer, select_rows
+from .mixer import Cache, SequenceMixer, select_rows, write_rows
 from .mlp import SwiGLU
 from .norm import RMSNorm
 from .optim import param_groups
@@ -24,4 +24,5 @@ __all__ = [
     "SwiGLU",
     "param_groups",
     "select_rows",
+    "write_rows",
 ]

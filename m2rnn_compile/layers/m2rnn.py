@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import m2rnn, m2rnn_step
+from ..ops import m2rnn, m2rnn_decode_step, m2rnn_step
 from ..ops.registry import check_name
 from ..ops.validation import check_clip
 from .conv import CausalConv
@@ -90,6 +90,11 @@ class M2RNN(SequenceMixer):
     forward. The parameter (and so the state dict and the gradient) has the true width; the price is one copy of the
     weight a call, which the compiler plans as a buffer. Decode steps skip it: with one row they are bound by reading
     the weight.
+
+    A single step from a cache is one `m2rnn_decode_step` between the projections (two launches instead of some twenty)
+    where it can be: without grad mode, without an attention mask, and with impl="triton", or "auto" on CUDA. It runs on
+    a copy of the cache, which callers keep; with `state_indices` it runs in place on a pool of states instead, on every
+    device. Every other single step goes through `m2rnn_step`, which is differentiable.
 
     Args:
         hidden_size: width D of the residual stream.
@@ -213,17 +218,22 @@ class M2RNN(SequenceMixer):
         cache: M2RNNCache | None = None,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        state_indices: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, M2RNNCache]:
         """Mix a batch of sequences.
 
         Args:
             x: ``[B, T, hidden_size]``.
             cache: from `init_cache` or an earlier call; continue from it and return the new one. Never modified. With
-                `cu_seqlens` it holds one row a sequence. A single step runs through `m2rnn_step`.
+                `cu_seqlens` it holds one row a sequence. With `state_indices` it is a pool and *is* modified.
             cu_seqlens: int32 or int64 ``[S + 1]`` from 0 to T: sequences packed along time (B = 1); neither the conv
                 nor the recurrence looks across a boundary.
             attention_mask: ``[B, T]``, False marks *left* padding. Pads never move the state: conv inputs are zero
                 there and f is exactly 1. Outputs at pads are finite and mean nothing.
+            state_indices: int32 or int64 ``[B]``, for continuous batching: `cache` is a pool made with
+                ``init_cache(slots)``, row b of x (T = 1) continues slot ``state_indices[b]``, and -1 skips a row (its y
+                is zero). The pool is modified in place and returned. Inference only; see `m2rnn_decode_step` for what
+                is checked where, and `write_rows` to move a prefilled or an empty cache into a pool.
 
         Returns:
             y ``[B, T, hidden_size]``, or ``(y, new_cache)`` if a cache was given.
@@ -232,12 +242,23 @@ class M2RNN(SequenceMixer):
             TypeError, ValueError: arguments that do not fit.
         """
         check_layout("M2RNN", x, self.hidden_size, cu_seqlens, attention_mask)
+        if state_indices is not None:
+            if cache is None or cu_seqlens is not None or attention_mask is not None or x.shape[1] != 1:
+                raise ValueError(
+                    "M2RNN: `state_indices` goes with a `cache` (the pool), x of shape [B, 1, hidden_size], and "
+                    f"neither `cu_seqlens` nor `attention_mask`; got x of shape {tuple(x.shape)}. Prefill with a cache "
+                    "of its own and move it into the pool with write_rows"
+                )
+            return self._decode(x, cache, state_indices), cache
         single_step = cache is not None and cu_seqlens is None and x.shape[1] == 1
         if cache is not None:
             sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             kept = (sequences, self.conv1d.width - 1, self.conv1d.channels)
             check_rows("M2RNN", "cache.conv_state", cache.conv_state, kept)
             check_rows("M2RNN", "cache.state", cache.state, (sequences, self.num_heads, self.key_dim, self.value_dim))
+            if single_step and attention_mask is None and self._fuses_decoding(x):
+                copy = M2RNNCache(cache.conv_state.clone(), cache.state.clone())
+                return self._decode(x, copy, None), copy
         qkv, x_f, g = self._project(x, pad=not single_step)
         qkv, conv_state = self.conv1d(
             qkv,
@@ -280,6 +301,22 @@ class M2RNN(SequenceMixer):
             return out
         assert conv_state is not None  # for the type checker
         return out, M2RNNCache(conv_state, state)
+
+    def _fuses_decoding(self, x: Tensor) -> bool:
+        """By grad mode, impl and device only: what the kernel cannot do then raises, it does not take the slow path."""
+        wanted = self.impl == "triton" or (self.impl == "auto" and x.device.type == "cuda")
+        return wanted and not torch.is_grad_enabled()
+
+    def _decode(self, x_B1D: Tensor, pool: M2RNNCache, state_indices: Tensor | None) -> Tensor:
+        """One step, in place on `pool`."""
+        qkv, x_f, g = self._project(x_B1D[:, 0], pad=False)
+        gate, norm = self.decay_gate, self.g_norm
+        o = m2rnn_decode_step(
+            qkv, x_f, g, self.conv1d.weight, gate.A_log, gate.dt_bias, self.state_weight, self.D, norm.weight, *pool,
+            state_indices=state_indices, num_q_heads=self.num_q_heads, num_k_heads=self.num_k_heads,
+            norm_eps=norm.eps, impl=self.impl,
+        )  # fmt: skip
+        return self.output_projection(o)[:, None]
 
     def _project(self, x: Tensor, pad: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(q | k | v before the conv, x_f, g) from one matrix product of padded width."""

@@ -85,6 +85,18 @@ def select_rows(cache: Cache, rows: Tensor) -> Cache:
     return torch.utils._pytree.tree_map_only(Tensor, lambda x: x.index_select(0, rows), cache)
 
 
+def write_rows(pool: Cache, rows: Tensor, cache: Cache) -> None:
+    """Write the rows of `cache` over rows of `pool`, in place: a prefilled request enters a pool, a slot is emptied.
+
+    Args:
+        pool: a mixer's cache of as many rows as there are slots, or a nest of them. Modified.
+        rows: int64 indices of the slots, one a row of `cache`, each at most once.
+        cache: of the same structure, with ``len(rows)`` rows; ``init_cache(len(rows))`` empties the slots.
+    """
+    write = lambda kept, new: kept.index_copy_(0, rows, new.to(kept.dtype))
+    torch.utils._pytree.tree_map(write, pool, cache)
+
+
 def check_rows(owner: str, name: str, x: Tensor, expected: tuple[int, ...]) -> None:
     """Check the shape of one tensor of a cache.
 

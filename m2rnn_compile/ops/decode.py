@@ -214,7 +214,7 @@ def m2rnn_decode_step(
             "m2rnn: the fused decoding step writes its states in place and has no backward, but a gradient is asked "
             "for; call it under torch.no_grad() or torch.inference_mode(), or use m2rnn_step, which is functional"
         )
-    if functorch_active():
+    if not torch.compiler.is_compiling() and functorch_active():
         raise NotImplementedError(
             "m2rnn: the fused decoding step cannot run inside of torch.vmap or torch.func transforms; it takes a batch "
             "of rows as it is, and m2rnn_step can be mapped"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs `interpreted_triton.py` under Triton's interpreter, in a process where nothing else has imported Triton."""
+"""Runs the files `interpreted_*.py` under Triton's interpreter, in processes where nothing else has imported Triton."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 
-def test_kernels_under_the_interpreter() -> None:
+@pytest.mark.parametrize("file", ["interpreted_triton.py", "interpreted_decode.py"])
+def test_kernels_under_the_interpreter(file: str) -> None:
     pytest.importorskip("triton")
-    cases = Path(__file__).with_name("interpreted_triton.py")
+    cases = Path(__file__).with_name(file)
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(cases)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)

@@ -61,14 +61,15 @@ def _is_tensor(name: str, x: object) -> None:
 
 def _has_shape(name: str, x: Tensor, names: tuple[str, ...], fixed: dict[str, int]) -> None:
     """`x` has the dimensions called `names`; those found in `fixed` must have that size."""
-    spec = "[" + ", ".join(names) + "]"
-    if x.dim() != len(names):
-        raise ValueError(f"m2rnn: `{name}` must have {len(names)} dimensions {spec}, got shape {tuple(x.shape)}")
+    shape = x.shape
+    if len(shape) != len(names):
+        spec = ", ".join(names)
+        raise ValueError(f"m2rnn: `{name}` must have {len(names)} dimensions [{spec}], got shape {tuple(shape)}")
     for axis, dim in enumerate(names):
-        if dim in fixed and x.shape[axis] != fixed[dim]:
+        if dim in fixed and shape[axis] != fixed[dim]:
             raise ValueError(
-                f"m2rnn: `{name}` must have shape {spec} with {dim} = {fixed[dim]} (set by the other inputs), "
-                f"got shape {tuple(x.shape)}: dimension {axis} is {x.shape[axis]}"
+                f"m2rnn: `{name}` must have shape [{', '.join(names)}] with {dim} = {fixed[dim]} (set by the other "
+                f"inputs), got shape {tuple(shape)}: dimension {axis} is {shape[axis]}"
             )
 
 

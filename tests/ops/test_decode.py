@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 from torch.library import opcheck
 
 from m2rnn_compile import M2RNN, m2rnn_decode_step
@@ -192,6 +194,23 @@ def test_compiled_steps_write_the_pool_in_one_graph(backend: str) -> None:
             assert_same(pool._asdict(), expected._asdict())
     assert [x.data_ptr() for x in pool] == addresses
     assert counter.frame_count == 1
+
+
+def test_compiling_copies_no_pool() -> None:
+    """A mutated argument can be compiled as copy, write, copy back: that would cost more than the step itself."""
+    layer = make_layer(torch.float32)
+    pool, arguments = layer.init_cache(5), dict(state_indices=torch.tensor([0, 1, -1]))
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True)
+        _, (code, *others) = run_and_get_code(compiled, torch.randn(3, 1, D), cache=pool, **arguments)
+    assert not others
+    calls = code[code.index("def call(") : code.index("def get_args(")]
+    assert calls.count("m2rnn.decode_step.default(") == 1
+    assert "(5, 3, 32)" in calls
+    for allocation in re.findall(r"empty\w*\(.*", calls):
+        assert "(5, 3, 32)" not in allocation
+        assert "(5, 4, 6, 5)" not in allocation
+    assert "copy_" not in calls
 
 
 def test_steps_of_changing_batch_size_compile_at_most_twice() -> None:

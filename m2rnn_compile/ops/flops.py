@@ -43,11 +43,18 @@ def step_flops(q: Any, k: Any, v: Any, f: Any, W: Any, state: Any, *args: Any, *
     return int(2 * B * N * (K * V * V + 2 * K * V))
 
 
+def decode_step_flops(qkv: Any, *args: Any, **kwargs: Any) -> int:
+    """`step_flops` for every row of the batch; the conv, the gates and the norm are pointwise work."""
+    state = args[9]
+    return step_flops(None, None, None, None, None, (qkv[0], *state[1:]))
+
+
 def _register(flop_counter: ModuleType) -> None:
     formulas = {
         torch.ops.m2rnn.scan: scan_flops,
         torch.ops.m2rnn.scan_backward: scan_backward_flops,
         torch.ops.m2rnn.step: step_flops,
+        torch.ops.m2rnn.decode_step: decode_step_flops,
     }
     for op, formula in formulas.items():
         if op not in flop_counter.flop_registry:

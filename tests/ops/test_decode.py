@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from m2rnn_compile import M2RNN, m2rnn_decode_step
 from m2rnn_compile.layers import write_rows
@@ -252,6 +253,13 @@ def test_a_backward_does_not_use_a_pool_that_was_written_since() -> None:
         assert pool._version > version
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_flops_are_those_of_the_step() -> None:
+    s = make_step(3, 4, 6, 5, indices=[1, 0, 4])
+    with FlopCounterMode(display=False) as counter:
+        run(s)
+    assert counter.get_total_flops() == 2 * 3 * 4 * (6 * 5 * 5 + 2 * 6 * 5)
 
 
 def test_transforms_are_refused() -> None:

@@ -4,8 +4,18 @@
 from .decode import m2rnn_decode_step
 from .flops import register_flops
 from .functional import M2RNNOutput, M2RNNStepOutput, explain_impl, m2rnn, m2rnn_step
+from .fused import m2rnn_fused
 from .registry import ImplChoice
 
 register_flops()
 
-__all__ = ["ImplChoice", "M2RNNOutput", "M2RNNStepOutput", "explain_impl", "m2rnn", "m2rnn_decode_step", "m2rnn_step"]
+__all__ = [
+    "ImplChoice",
+    "M2RNNOutput",
+    "M2RNNStepOutput",
+    "explain_impl",
+    "m2rnn",
+    "m2rnn_decode_step",
+    "m2rnn_fused",
+    "m2rnn_step",
+]

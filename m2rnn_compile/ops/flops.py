@@ -49,10 +49,16 @@ def decode_step_flops(qkv: Any, *args: Any, **kwargs: Any) -> int:
     return step_flops(None, None, None, None, None, (qkv[0], *state[1:]))
 
 
+def fused_scan_flops(q: Any, k: Any, v: Any, f: Any, W: Any, *args: Any, **kwargs: Any) -> int:
+    """`scan_flops`; gates and norm are pointwise work."""
+    return scan_flops(q, k, v, f, W)
+
+
 def _register(flop_counter: ModuleType) -> None:
     formulas = {
         torch.ops.m2rnn.scan: scan_flops,
         torch.ops.m2rnn.scan_backward: scan_backward_flops,
+        torch.ops.m2rnn.fused_scan: fused_scan_flops,
         torch.ops.m2rnn.step: step_flops,
         torch.ops.m2rnn.decode_step: decode_step_flops,
     }

@@ -62,6 +62,13 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(IMPLEMENTATIONS[name].module)
 
 
+@functools.lru_cache(None)
+def load_fused(lowering: ModuleType) -> ModuleType | None:
+    """The kernels that a lowering has for the tail of the fused scan, or None: then it runs in torch."""
+    name = getattr(lowering, "FUSED", None)
+    return None if name is None else importlib.import_module(name)
+
+
 def why_not(name: str, device: torch.device, tensors: tuple[Tensor | None, ...]) -> str | None:
     """The reason why implementation `name` cannot run on these tensors, or None when it can."""
     row = IMPLEMENTATIONS[name]
@@ -113,6 +120,14 @@ def choose(impl: str, device: torch.device, tensors: tuple[Tensor | None, ...]) 
         rejected["cpp"] = reason
         return ImplChoice("eager", f"the C++ kernel is not available: {reason}", rejected)
     return ImplChoice("eager", f"no kernel exists for {device.type} tensors", rejected)
+
+
+def choose_for_device(impl: str, device: torch.device) -> str:
+    """The name of an implementation for work that any lowering takes on its device (the tail of the fused scan)."""
+    check_name(impl)
+    if impl != "auto":
+        return impl
+    return {"cuda": "triton"}.get(device.type, "eager")
 
 
 def lowering_for(impl: str, device: torch.device, tensors: tuple[Tensor | None, ...]) -> ModuleType:

@@ -203,6 +203,102 @@ def check_backward(
         )
 
 
+FORGETS = ("none", "decay", "sigmoid")
+ACTIVATIONS = ("silu", "sigmoid", "gelu", "gelu_tanh")
+NORMS = ("none", "all", "head")
+
+
+def _is_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"m2rnn: `{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    f: Tensor,
+    W: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    D: Tensor | None,
+    g: Tensor | None,
+    norm_weight: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state_grad_clip: float | None,
+    forget: str,
+    activation: str,
+    norm: str,
+    norm_eps: float,
+) -> ScanShape:
+    """`check_scan`, and the same for what the fused scan takes beyond it.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was got and what was expected.
+    """
+    _is_one_of("forget", forget, FORGETS)
+    _is_one_of("activation", activation, ACTIVATIONS)
+    shape = check_scan(q, k, v, f, W, initial_state, cu_seqlens, state_grad_clip)
+    sizes = {"Nf": f.shape[2], "N": shape.N, "V": shape.V, "B": shape.B, "T": shape.T}
+    for name, x in {"A_log": A_log, "dt_bias": dt_bias}.items():
+        if (x is not None) != (forget == "decay"):
+            raise ValueError(f"m2rnn: `{name}` goes with forget='decay' and only with it, got forget={forget!r}")
+        if x is not None:
+            _is_tensor(name, x)
+            _has_shape(name, x, ("Nf",), sizes)
+    if D is not None:
+        _is_tensor("D", D)
+        _has_shape("D", D, ("N", "V"), sizes)
+    if g is not None:
+        _is_tensor("g", g)
+        _has_shape("g", g, ("B", "T", "Ng", "V"), sizes)
+        if g.shape[2] == 0 or shape.N % g.shape[2] != 0:
+            raise ValueError(f"m2rnn: the head count of `g` ({g.shape[2]}) must divide N = {shape.N}")
+    _check_norm(norm, norm_weight, sizes)
+    _dtypes_and_devices(q, k, v, {"A_log": A_log, "dt_bias": dt_bias, "D": D, "g": g, "norm_weight": norm_weight})
+    return shape
+
+
+def _check_norm(norm: str, norm_weight: Tensor | None, sizes: dict[str, int]) -> None:
+    _is_one_of("norm", norm, NORMS)
+    if norm_weight is not None:
+        if norm == "none":
+            raise ValueError("m2rnn: `norm_weight` goes with norm='all' or 'head', got norm='none'")
+        _is_tensor("norm_weight", norm_weight)
+        _has_shape("norm_weight", norm_weight, ("N", "V"), sizes)
+
+
+def check_tail_backward(
+    do: Tensor,
+    y: Tensor,
+    v: Tensor,
+    D: Tensor | None,
+    g: Tensor | None,
+    norm_weight: Tensor | None,
+    rstd: Tensor,
+    activation: str,
+    norm: str,
+) -> None:
+    """What the backward of the fused scan's tail takes: kernels turn these shapes into addresses.
+
+    Raises:
+        TypeError, ValueError: a shape or an option that does not fit.
+    """
+    _is_one_of("activation", activation, ACTIVATIONS)
+    _has_shape("y", y, ("B", "T", "N", "V"), {})
+    B, T, N, V = y.shape
+    sizes = {"B": B, "T": T, "N": N, "V": V}
+    _has_shape("do", do, ("B", "T", "N", "V"), sizes)
+    _has_shape("v", v, ("B", "T", "Nv", "V"), sizes)
+    if D is not None:
+        _has_shape("D", D, ("N", "V"), sizes)
+    if g is not None:
+        _has_shape("g", g, ("B", "T", "Ng", "V"), sizes)
+    _check_norm(norm, norm_weight, sizes)
+    _has_shape("rstd", rstd, ("B", "T", "norms"), {**sizes, "norms": {"none": 0, "all": 1, "head": N}[norm]})
+
+
 def check_step(q: Tensor, k: Tensor, v: Tensor, f: Tensor, W: Tensor, initial_state: Tensor | None) -> ScanShape:
     """The same as `check_scan` for one decoding step, whose inputs have no time dimension."""
     for name, x in {"q": q, "k": k, "v": v, "f": f, "W": W}.items():

@@ -8,39 +8,57 @@ the fp64 oracle is at most twice that of a low-precision eager run, plus one rou
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from m2rnn_compile import m2rnn
+from m2rnn_compile.ops.registry import IMPLEMENTATIONS
 from m2rnn_compile.testing import ScanInputs, compare, make_inputs, oracle, run_low_precision
 from m2rnn_compile.testing import run as run_scan
 
-from . import impls
+from . import environment
+from .measure import HEADS, why_failed
+from .providers import PROVIDERS, Provider, choose, upstream
+from .providers.ours import oracle_impl
+from .rows import Row
 from .shapes import Shape
 
-# Above this the oracle keeps checkpoints instead of the autograd graph of the whole loop.
-GRAPH_BYTES = 2**30
+Scan = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckConfig:
+class CheckPlan:
     """What to check."""
 
     shapes: Sequence[Shape]
     dtypes: Sequence[torch.dtype]
-    impl_names: Sequence[str] | None
+    providers: Sequence[str] | None
     clips: Sequence[float | None]
     device: torch.device
     repeats: int = 3
     seed: int = 0
-    xma: str | None = None
+    commit: str | None = None
 
 
-def oracle_impl(shape: Shape) -> str:
-    """How to run the oracle: through autograd where its graph fits (six fp64 states a step), else checkpointed."""
-    return "reference" if 6 * 8 * shape.B * shape.T * shape.N * shape.K * shape.V <= GRAPH_BYTES else "eager"
+def scan_of(name: str) -> Scan:
+    """The scan of a provider, with the arguments of `m2rnn`."""
+    if name == "xma":
+        return upstream.scan
+    if name.endswith("-compile"):
+        impl = name.removesuffix("-compile")
+        return torch.compile(functools.partial(m2rnn, impl=impl), fullgraph=True, dynamic=False)
+    return functools.partial(m2rnn, impl=name)
+
+
+def checkable() -> list[Provider]:
+    """Providers that compute M²RNN, initial and final state included."""
+    names = {*IMPLEMENTATIONS, *(f"{impl}-compile" for impl in IMPLEMENTATIONS if impl != "reference"), "xma"}
+    return [provider for provider in PROVIDERS if provider.name in names]
 
 
 def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -49,7 +67,7 @@ def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def check_scan(
-    inputs: ScanInputs, scan: impls.Scan, truth: dict[str, Tensor], eager: dict[str, Tensor], repeats: int
+    inputs: ScanInputs, scan: Scan, truth: dict[str, Tensor], eager: dict[str, Tensor], repeats: int
 ) -> dict[str, Any]:
     """Judge one implementation on one set of inputs: per tensor the whole's error and the worst slice; determinism."""
     first = run_scan(inputs, scan)
@@ -73,43 +91,63 @@ def check_scan(
     }
 
 
-def run(
-    config: CheckConfig, on_run: Callable[[str, int, int], None] = lambda what, done, total: None
-) -> list[dict[str, Any]]:
-    """Check everything asked for. One row for each shape, dtype, clip and implementation.
+def _row(plan: CheckPlan, shape: Shape, dtype: torch.dtype, clip: float | None, name: str) -> Row:
+    """The row of one check, without its outcome."""
+    return Row(
+        kernel="op",
+        provider=name,
+        mode="check",
+        dtype=str(dtype).removeprefix("torch."),
+        **{size: getattr(shape, size) for size in "BTNKV"},
+        shape=shape.name,
+        config={"clip": clip, **{heads: getattr(shape, heads) for heads in HEADS}, "seed": plan.seed},
+        **environment.of_row(plan.device, plan.commit),
+    )
+
+
+def run(plan: CheckPlan, on_run: Callable[[str, int, int], None] = lambda what, done, total: None) -> Iterator[Row]:
+    """Check everything asked for. One row for each shape, dtype, clip and provider; status refused where it fails.
 
     Raises:
-        ValueError: an implementation that cannot be had.
+        ValueError: a provider that cannot be had.
     """
-    rows: list[dict[str, Any]] = []
-    total = len(config.shapes) * len(config.dtypes) * len(config.clips)
+    names = None if plan.providers is None else list(plan.providers)
+    if names is None:  # eager is judged too, and compiling for each small shape would take most of the time
+        names = ["triton", "xma"] if plan.device.type == "cuda" else ["reference", "eager", "cpp"]
+        known = {provider.name: provider for provider in checkable()}
+        names = [name for name in names if known[name].why_not(plan.device) is None]
+    chosen, _ = choose(checkable(), names, "op", plan.device)
+    total = len(plan.shapes) * len(plan.dtypes) * len(plan.clips)
     done = 0
-    for shape in config.shapes:
-        for dtype in config.dtypes:
-            for clip in config.clips:
+    for shape in plan.shapes:
+        for dtype in plan.dtypes:
+            for clip in plan.clips:
                 inputs = make_inputs(
                     **shape.make_inputs_arguments(),
                     dtype=dtype,
-                    device=config.device,
-                    seed=config.seed,
+                    device=plan.device,
+                    seed=plan.seed,
                     initial_state=True,
                     state_grad_clip=clip,
                 )
-                scans = impls.resolve(config.impl_names, inputs, config.xma)
-                where = f"{shape.name} {impls.dtype_name(dtype)} clip {clip}"
+                where = f"{shape.name} {str(dtype).removeprefix('torch.')} clip {clip}"
                 on_run(f"{where}: oracle", done, total)
                 truth, eager = oracle(inputs, impl=oracle_impl(shape)), run_low_precision(inputs)
-                for name, scan in scans.items():
-                    on_run(f"{where}: {name}", done, total)
-                    common = {
-                        "shape": shape.as_dict(),
-                        "dtype": impls.dtype_name(dtype),
-                        "clip": clip,
-                        "device": config.device.type,
-                        "impl": name,
-                        "oracle": oracle_impl(shape),
-                    }
-                    rows.append({**common, **check_scan(inputs, scan, truth, eager, config.repeats)})
+                for provider in chosen:
+                    on_run(f"{where}: {provider.name}", done, total)
+                    row = _row(plan, shape, dtype, clip, provider.name)
+                    try:
+                        outcome = check_scan(inputs, scan_of(provider.name), truth, eager, plan.repeats)
+                    except Exception as e:  # out of memory, or inputs that a provider does not take
+                        yield dataclasses.replace(row, **why_failed(e))
+                        continue
+                    ratio = max(entry["worst_ratio"] for entry in outcome["tensors"].values())
+                    yield dataclasses.replace(
+                        row,
+                        status="ok" if outcome["ok"] else "refused",
+                        gate=f"fp64 oracle ({oracle_impl(shape)})",
+                        error_ratio=ratio if math.isfinite(ratio) else None,
+                        config=row.config | {n: outcome[n] for n in ("repeats", "different_repeats", "tensors")},
+                    )
                 done += 1
                 on_run(where, done, total)
-    return rows

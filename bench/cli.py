@@ -1,232 +1,306 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments of `python -m bench`, and what happens around a run: progress bar, table, record, exit code."""
+"""`python -m bench`: what happens around a run: progress, files, tables, exit codes."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from rich.text import Text
 
-from . import check, floors, impls, op, record, show
-from .shapes import CHECK_SHAPES, PRESETS, parse_shape
+from . import (
+    arguments,
+    check,
+    compare,
+    environment,
+    files,
+    info,
+    measure,
+    output,
+    plots,
+    predict,
+    record,
+    report,
+    tables,
+)
+from .parser import build_parser
+from .providers import add_checkout
+from .rows import Row
+from .shapes import CHECK_SHAPES, GPU_PRESETS, PRESETS
 
-OK, FAILED, BAD_ARGUMENTS = 0, 1, 2
-
-EXAMPLES = """examples:
-  python -m bench op --shape cpu                           every CPU implementation, side by side
-  python -m bench op --shape A,B,C,D --dtype bf16 --xma ~/accelerated-model-architectures
-  python -m bench op --shape B4,T512,N8,K32,V16 --impl eager,cpp --baseline eager
-  python -m bench check                                    accuracy and determinism; exit code 1 on failure
-  python -m bench check --shape A --dtype bf16 --impl triton --repeats 50
-  python -m bench show bench/results/*.json
-"""
-
-
-class RichParser(argparse.ArgumentParser):
-    """argparse with headings, options and examples set off in colour, on a terminal."""
-
-    def print_help(self, file: IO[str] | None = None) -> None:  # type: ignore[override]
-        text = Text(self.format_help())
-        text.highlight_regex(r"(?m)^\w[\w ]*:", "bold yellow")
-        text.highlight_regex(r"(?<![\w-])--?[a-z][\w-]*", "cyan")
-        text.highlight_regex(re.escape("python -m bench"), "green")
-        Console(file=file, highlight=False, soft_wrap=True).print(text)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = RichParser(
-        prog="python -m bench",
-        description="Benchmarks and numerical checks of m2rnn_compile. Every run leaves a record in bench/results/.",
-        epilog=EXAMPLES,
-        formatter_class=formatter,
-    )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=RichParser)
-    presets = "\n".join(f"  {name:<4} {shape}" for name, shape in PRESETS.items())
-    notation = "B4,T512,N8,K32,V16, with Nq2 and so on for head counts other than 1 (q, k) and N (v, f, W)"
-    shapes_help = f"shapes:\n{presets}\n  or   {notation}"
-
-    timed = commands.add_parser(
-        "op",
-        help="time and memory of the scan, side by side",
-        description="Times forward and forward+backward: interleaved rounds in one process, medians with min and max.",
-        epilog=f"{shapes_help}\n\npasses:\n  inference         under no_grad\n  forward           with what "
-        "backward needs kept\n  forward+backward  gradients of q, k, v, f and W for a given dy\n",
-        formatter_class=formatter,
-    )
-    _add_common(timed, dtype="bf16 on a GPU, fp32 on a CPU")
-    timed.add_argument("--pass", dest="passes", default="forward,forward+backward", help="default: %(default)s")
-    timed.add_argument("--clip", type=_clip, default=1.0, metavar="C", help="state-gradient clip, or none (default: 1)")
-    timed.add_argument("--baseline", metavar="IMPL", help="what speed-ups refer to (default: xma, else reference)")
-    timed.add_argument("--runs", type=int, default=20, help="runs of each implementation (default: %(default)s)")
-    timed.add_argument("--min-runs", type=int, default=3, help="runs even of what exceeds the budget (default: 3)")
-    timed.add_argument("--budget", type=float, default=30.0, metavar="SECONDS", help="per variant (default: 30)")
-
-    checked = commands.add_parser(
-        "check",
-        help="accuracy against the fp64 oracle, and bitwise determinism",
-        description="Error against the fp64 oracle: at most 2 × that of a low-precision eager run, for every output\n"
-        "and gradient, per time slice; and the same bits on every repeat. Exit code 1 on failure.",
-        epilog=f"{shapes_help}\nby default three small awkward shapes: {'; '.join(map(str, CHECK_SHAPES))}",
-        formatter_class=formatter,
-    )
-    _add_common(checked, dtype="fp32 and bf16, and fp16 on a GPU")
-    checked.add_argument("--clip", default="none,1,0.1", help="state-gradient clips (default: %(default)s)")
-    checked.add_argument("--repeats", type=int, default=3, help="repeats compared bit for bit (default: %(default)s)")
-
-    shown = commands.add_parser("show", help="print the table of a record again", formatter_class=formatter)
-    shown.add_argument("file", nargs="+", type=Path, metavar="FILE")
-    return parser
+OK, FAILED, BAD_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
+DEFAULT_MODES = {
+    "op": ("forward", "backward", "forward+backward"),
+    "step": ("inference",),
+    "layer": ("forward", "backward", "forward+backward"),
+    "model": ("train", "generate"),
+}
 
 
-def _add_common(parser: argparse.ArgumentParser, *, dtype: str) -> None:
-    names = ", ".join(impls.NAMES)
-    parser.add_argument("--shape", action="append", help="a preset, several (A,B), or sizes; repeatable")
-    parser.add_argument("--dtype", metavar="LIST", help=f"of bf16, fp16, fp32, fp64 (default: {dtype})")
-    parser.add_argument("--impl", metavar="LIST", help=f"of {names} (default: all that fit the device)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
-    parser.add_argument("--xma", metavar="PATH", help="also run upstream: an accelerated-model-architectures checkout")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--commit", help="recorded as the commit where this copy has no git history")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where the record goes (default: bench/results/...)")
-    parser.add_argument("--json", action="store_true", help="print the record instead of the table")
+def _print(parts: Sequence[Table | Text]) -> None:
+    output.put(output.make_console(), parts)
 
 
-def _clip(text: str) -> float | None:
-    if text.lower() == "none":
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number ≥ 0 nor 'none'")
-    return value
+def _default_path(kind: str, device: torch.device) -> Path:
+    """bench/results/KIND-DEVICE-DATE.jsonl."""
+    name = environment.device_name(device) if device.type == "cuda" else "cpu"
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    stamp = re.sub(r"[^0-9]", "", environment.now()[:19])
+    return record.RESULTS / f"{kind}-{slug}-{stamp}.jsonl"
 
 
-def _items(text: str) -> list[str]:
-    items = [item.strip() for item in text.split(",")]
-    if not all(items):
-        raise ValueError(f"{text!r}: an empty item in a list")
-    return items
-
-
-def _shapes(given: Sequence[str] | None, default: Sequence[Any]) -> list[Any]:
-    if not given:
-        return list(default)
-    shapes = []
-    for text in given:
-        names = text.split(",")
-        shapes += [PRESETS[n] for n in names] if all(n in PRESETS for n in names) else [parse_shape(text)]
-    return shapes
-
-
-def _device(text: str | None) -> torch.device:
-    try:
-        device = torch.device(text or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as e:
-        raise ValueError(f"--device {text!r}: {str(e).splitlines()[0]}") from e
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {text!r}: timings are implemented for cpu and cuda")
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise ValueError(f"--device {text!r}: this machine has {count} CUDA device(s)")
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)
-    return device
-
-
-def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    device = _device(args.device)
+def _prepare(args: argparse.Namespace) -> torch.device:
+    device = arguments.device(args.device)
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"--threads must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
-    on_gpu = device.type == "cuda"
-    impl_names = _items(args.impl) if args.impl else None
-    common: dict[str, Any] = {"impl_names": impl_names, "device": device, "seed": args.seed, "xma": args.xma}
-    work: Callable[[Callable[[str, int, int], None]], list[dict[str, Any]]]
-    if args.command == "op":
-        passes = _items(args.passes)
-        unknown = [p for p in passes if p not in floors.PASSES]
-        if unknown:
-            raise ValueError(f"--pass {', '.join(unknown)}: unknown; expected {', '.join(floors.PASSES)}")
-        if args.runs < 1 or args.min_runs < 1 or not args.budget > 0:
-            raise ValueError("--runs and --min-runs must be at least 1, --budget above 0")
-        timed = op.OpConfig(
-            shapes=_shapes(args.shape, [PRESETS["A" if on_gpu else "cpu"]]),
-            dtypes=[impls.parse_dtype(t) for t in _items(args.dtype or ("bf16" if on_gpu else "fp32"))],
-            passes=passes,
-            baseline=args.baseline,
-            clip=args.clip,
-            runs=args.runs,
-            min_runs=args.min_runs,
-            budget_s=args.budget,
-            **common,
-        )
-        work = lambda on_run: op.run(timed, on_run)
-    else:
-        if args.repeats < 0:
-            raise ValueError(f"--repeats must be at least 0, got {args.repeats}")
-        checked = check.CheckConfig(
-            shapes=_shapes(args.shape, CHECK_SHAPES),
-            dtypes=[impls.parse_dtype(t) for t in _items(args.dtype or ("fp32,bf16,fp16" if on_gpu else "fp32,bf16"))],
-            clips=[_clip(t) for t in _items(args.clip)],
-            repeats=args.repeats,
-            **common,
-        )
-        work = lambda on_run: check.run(checked, on_run)
+    if args.xma is not None:
+        add_checkout(args.xma)
+    # fp32 means IEEE fp32 for everyone: cuDNN's RNNs would take TF32 by default.
+    torch.backends.cudnn.allow_tf32 = False
+    return device
 
-    with Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as progress:
-        task = progress.add_task("inputs", total=None)
-        rows = work(lambda what, done, total: progress.update(task, description=what, completed=done, total=total))
-    ran_xma = any(row["impl"] == "xma" for row in rows)
-    extra = {"xma_sha256": impls.fingerprint(args.xma)} if ran_xma else {}
-    made = record.make_record(args.command, argv, rows, commit=args.commit, **extra)
-    path = record.write(made, args.out)
+
+def _plan(args: argparse.Namespace, device: torch.device) -> measure.Plan:
+    on_gpu = device.type == "cuda"
+    default = [PRESETS["A" if on_gpu else "cpu"]]
+    shapes = arguments.shapes(args.preset, args.shape, args.T, default)
+    if not args.dry_run:
+        arguments.refuse_gpu_presets_on_cpu(shapes, device, args.device)
+    if args.runs < 1 or args.min_runs < 1 or not args.budget > 0:
+        raise ValueError("--runs and --min-runs must be at least 1, --budget above 0")
+    layers = getattr(args, "layers", None)
+    return measure.Plan(
+        kernel=args.command,
+        shapes=shapes,
+        dtypes=[arguments.dtype(text) for text in arguments.items(args.dtype or ("bf16" if on_gpu else "fp32"))],
+        providers=arguments.items(args.provider) if args.provider else None,
+        modes=arguments.modes(args.mode, args.command, DEFAULT_MODES[args.command]),
+        device=device,
+        clip=args.clip,
+        seed=args.seed,
+        runs=args.runs,
+        min_runs=args.min_runs,
+        budget_s=args.budget,
+        layers=layers,
+        pattern=arguments.pattern(getattr(args, "pattern", None), layers),
+        commit=args.commit,
+    )
+
+
+def _collect(kind: str, args: argparse.Namespace, device: torch.device, made: Iterator[Row]) -> tuple[list[Row], bool]:
+    """Take rows as they come and write each at once. Ctrl-C ends the run, not what is finished."""
+    rows: list[Row] = []
+    interrupted = False
+    # The path is taken (and opened) before the first measurement: a wrong one must not cost a run.
+    with files.Writer(args.out or [_default_path(kind, device)]) as writer:
+        try:
+            for row in made:
+                rows.append(row)
+                writer.append(row)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            if not rows:  # bad arguments or Ctrl-C: no empty files are left
+                for path in writer.paths:
+                    path.unlink(missing_ok=True)
+    return rows, interrupted
+
+
+def _show_collected(rows: list[Row], args: argparse.Namespace, paths: Sequence[Path]) -> None:
     if args.json:
-        print(json.dumps(made, indent=1))
+        for row in rows:
+            print(files.to_jsonl(row))
+        return
+    where = Text("rows: " + ", ".join(map(str, paths)), style="dim")
+    _print([*tables.parts_of(rows, getattr(args, "against", None)), where])
+
+
+def _measure(args: argparse.Namespace) -> int:
+    device = _prepare(args)
+    plan = _plan(args, device)
+    if args.fail_above is not None and args.baseline is None:
+        raise ValueError("--fail-above needs --baseline FILE to compare with")
+    if args.fail_above is not None and not args.fail_above > 0:
+        raise ValueError(f"--fail-above must be above 0, got {args.fail_above}")
+    baseline = files.read(args.baseline) if args.baseline else None
+    if args.dry_run:
+        gpu = device.type == "cuda" or (args.device is None and any(s.name in GPU_PRESETS for s in plan.shapes))
+        _print(predict.parts_of(plan, "cuda" if gpu else "cpu"))
+        return OK
+    args.out = args.out or [_default_path(args.command, device)]
+    with output.progress() as on_run:
+        rows, interrupted = _collect(args.command, args, device, measure.run(plan, on_run))
+    if interrupted:
+        output.fail(f"interrupted; {len(rows)} finished rows are kept")
+    if rows:
+        _show_collected(rows, args, args.out)
+    if interrupted:
+        return INTERRUPTED
+    code = OK if any(row.status == "ok" for row in rows) else FAILED
+    if baseline is not None:
+        code = max(code, _judge(baseline, rows, args))
+    return code
+
+
+def _judge(baseline: list[Row], rows: list[Row], args: argparse.Namespace) -> int:
+    """Compare with a baseline; with --fail-above, slower rows and rows that went missing are a failure."""
+    result = compare.compare(baseline, rows, asked_only=True)
+    if not args.json:
+        _print(compare.parts_of(result, f"against {args.baseline}"))
+    if args.fail_above is None:
+        return OK
+    problems = [
+        f"{change.after.describe()} is {change.ratio:.2f}x its baseline (limit {args.fail_above:g}x)"
+        for change in result.slower_than(args.fail_above)
+    ]
+    problems += [f"{row.describe()} is in the baseline and has no time now" for row, _ in result.missing]
+    if not result.changes and not result.missing:
+        problems.append(f"{args.baseline} has no row of what was measured: nothing to compare")
+    for problem in problems:
+        output.fail(problem)
+    return FAILED if problems else OK
+
+
+def _check(args: argparse.Namespace) -> int:
+    device = _prepare(args)
+    if args.repeats < 0:
+        raise ValueError(f"--repeats must be at least 0, got {args.repeats}")
+    default_dtypes = "fp32,bf16,fp16" if device.type == "cuda" else "fp32,bf16"
+    shapes = arguments.shapes(args.preset, args.shape, args.T, CHECK_SHAPES)
+    arguments.refuse_gpu_presets_on_cpu(shapes, device, args.device)
+    plan = check.CheckPlan(
+        shapes=shapes,
+        dtypes=[arguments.dtype(text) for text in arguments.items(args.dtype or default_dtypes)],
+        providers=arguments.items(args.provider) if args.provider else None,
+        clips=[arguments.clip(text) for text in arguments.items(args.clip)],
+        device=device,
+        repeats=args.repeats,
+        seed=args.seed,
+        commit=args.commit,
+    )
+    args.out = args.out or [_default_path("check", device)]
+    with output.progress() as on_run:
+        rows, interrupted = _collect("check", args, device, check.run(plan, on_run))
+    if rows:
+        _show_collected(rows, args, args.out)
+    if interrupted:
+        output.fail(f"interrupted; {len(rows)} finished rows are kept")
+        return INTERRUPTED
+    return OK if all(row.status == "ok" for row in rows) else FAILED
+
+
+def _compare(args: argparse.Namespace) -> int:
+    if args.rev is None:
+        if len(args.files) != 2:
+            raise ValueError(
+                f"compare takes two files, or --rev REVISION and a run after --; got {len(args.files)} files"
+            )
+        before, after = (files.read(Path(path)) for path in args.files)
     else:
-        console = Console()
-        show.render(made, console)
-        console.print(Text(f"record: {path}", style="dim"))
-    return FAILED if args.command == "check" and not all(row["ok"] for row in rows) else OK
+        inner = args.files
+        if not inner or inner[0] not in DEFAULT_MODES:
+            raise ValueError(
+                f"compare --rev: say what to run after --, starting with {', '.join(DEFAULT_MODES)}; "
+                "for example: compare --rev HEAD~1 -- op --preset cpu --provider cpp"
+            )
+        parsed = build_parser().parse_args(inner)
+        if parsed.dry_run or parsed.out or parsed.commit:
+            raise ValueError("compare --rev: the run after -- takes no --dry-run, --out or --commit")
+        print(f"running {args.rev} ...", file=sys.stderr, flush=True)
+        before = compare.run_revision(args.rev, inner)
+        print("running this tree ...", file=sys.stderr, flush=True)
+        device = _prepare(parsed)
+        with output.progress() as on_run:
+            after = list(measure.run(_plan(parsed, device), on_run))
+    result = compare.compare(before, after)
+    if not result.changes and not result.missing and not result.new:
+        raise ValueError("compare: no timings in either")
+    _print(compare.parts_of(result))
+    if args.fail_above is not None and (result.slower_than(args.fail_above) or result.missing):
+        for change in result.slower_than(args.fail_above):
+            output.fail(f"{change.after.describe()} is {change.ratio:.2f}x what it was (limit {args.fail_above:g}x)")
+        for row, why in result.missing:
+            output.fail(f"{row.describe()} is missing {why}")
+        return FAILED
+    return OK
+
+
+def _report(args: argparse.Namespace) -> int:
+    rows = [row for path in args.file for row in files.read(path)]
+    if all(row.mode == "check" for row in rows):
+        raise ValueError("report: no timings in these files; `show` prints checks")
+    text = report.markdown(rows, args.against)
+    if args.out is None:
+        sys.stdout.write(text)
+    else:
+        try:
+            args.out.write_text(text, encoding="utf-8")
+        except OSError as e:
+            raise ValueError(f"--out {args.out}: cannot be written ({e.strerror})") from e
+    if args.plot is not None:
+        for path in plots.draw(rows, args.plot):
+            print(f"wrote {path}", file=sys.stderr)
+    return OK
+
+
+def _show(args: argparse.Namespace) -> int:
+    for path in args.file:
+        if path.suffix == ".json" and (document := record.load(path))["kind"] == "test-gpu":
+            _print(tables.test_tables(document))
+        else:
+            _print(tables.parts_of(files.read(path), args.against))
+    return OK
+
+
+def _info(args: argparse.Namespace) -> int:
+    if args.xma is not None:
+        add_checkout(args.xma)
+    print(info.block())
+    return OK
+
+
+COMMANDS = {
+    "info": _info,
+    "op": _measure,
+    "step": _measure,
+    "layer": _measure,
+    "model": _measure,
+    "check": _check,
+    "compare": _compare,
+    "report": _report,
+    "show": _show,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the CLI; returns the exit code: 0, 1 when a check failed, 2 for bad arguments."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = build_parser()
+    """Run the CLI. Exit code 0; 1 when a check or a limit failed; 2 for bad arguments and files; 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # M² on an ASCII terminal
     try:
-        args = parser.parse_args(argv)
+        args = build_parser().parse_args(sys.argv[1:] if argv is None else argv)
     except SystemExit as e:
         return int(e.code or 0)
     try:
-        if args.command == "show":
-            for file in args.file:
-                show.render(record.load(file), Console())
-            return OK
-        return _run(args, argv)
+        return COMMANDS[args.command](args)
+    except SystemExit as e:  # of the run after `compare --rev ... --`
+        return int(e.code or 0)
     except (ValueError, argparse.ArgumentTypeError) as e:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), str(e)))
+        output.fail(str(e))
         return BAD_ARGUMENTS
+    except KeyboardInterrupt:
+        output.fail("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK

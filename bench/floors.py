@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast the hardware could go at best: a documented lower bound for the scan, to report measurements against.
+"""How fast the hardware could go at best: a documented lower bound for a pass, to report measurements against.
 
-Four resources bound a scan; the floor of a pass is the largest of the four, since they can overlap at best entirely:
+Four resources bound a pass; its floor is the largest of the four, since they can overlap at best entirely:
 
 tanh
-    One per state element and step, on the special-function unit: 16 a cycle and SM, in fp32 and in packed half alike.
-    (Evaluating a share of them by polynomial on the FMA pipes could go below this.)
+    Transcendental functions (tanh, sigmoid, exp), on the special-function unit: 16 a cycle and SM, in fp32 and in
+    packed half alike. (Evaluating a share of them by polynomial on the FMA pipes could go below this.)
 matrix products
-    Multiply-adds per state element and step. Forward: V for H W, 1 each for k vᵀ, the blend and qᵀ H. Backward: V each
-    for the recomputed H W, for dU Wᵀ and for dW = Hᵀ dU, and 8 single ones (k vᵀ, blend, q dyᵀ, dq, df, dk, dv, f D).
+    Multiply-adds. M²RNN, per state element and step, forward: V for H W, 1 each for k vᵀ, the blend and qᵀ H. Backward:
+    V each for the recomputed H W, for dU Wᵀ and for dW = Hᵀ dU, and 8 single ones (k vᵀ, blend, q dyᵀ, dq, df, dk, dv,
+    f D).
 memory
-    Every input read once and every output written once, at the card's copy bandwidth.
+    Every input read once and every output written once, at the device's copy bandwidth.
 sequential
-    T steps, one after the other, of 100 cycles each: the latency of product → tanh → blend → convert, at its low end.
+    Steps that wait for each other, of 100 cycles each on a GPU: the latency of product → tanh → blend → convert, at its
+    low end.
 
 Backward recomputes the states from checkpoints chunk by chunk. Chunks are independent, so the recomputation adds to the
 first three and not to the sequential chain. The floor of forward+backward is the sum of the two passes' floors.
@@ -21,32 +23,112 @@ first three and not to the sequential chain. The floor of forward+backward is th
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
+import time
+from pathlib import Path
+
+import torch
 
 from .shapes import Shape
 
 STEP_CYCLES = 100
-PASSES = ("inference", "forward", "forward+backward")
+MODES = ("inference", "forward", "backward", "forward+backward")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 
 @dataclasses.dataclass(frozen=True)
+class Work:
+    """What one pass has to do at least: transcendentals, floating-point operations, bytes moved, dependent steps."""
+
+    tanh: float
+    flops: float
+    bytes: float
+    steps: int
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.tanh + other.tanh, self.flops + other.flops, self.bytes + other.bytes, self.steps + other.steps
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class Device:
-    """What a card can do per second."""
+    """What a device can do."""
 
     name: str
-    sms: int
-    clock_hz: float
-    tanh_per_cycle_sm: int
+    tanh_per_s: float
     half_flops: float  # bf16 and fp16 matrix products with fp32 accumulation
-    fp32_flops: float  # IEEE fp32 on the FMA pipes
+    fp32_flops: float  # IEEE fp32
     bytes_per_s: float
+    step_s: float
 
 
-# 132 SMs at 1.98 GHz. half_flops is an assumption, the rate behind an estimate of 0.15 ms for the 0.107 TFLOP
-# of shape A: three quarters of the data sheet's 989 TFLOP/s. fp32: 128 lanes an SM, two operations each. bytes_per_s is
-# a measured copy, reads plus writes.
-H200 = Device("H200", 132, 1.98e9, 16, 733e12, 132 * 128 * 2 * 1.98e9, 4.2e12)
-DEVICES = (H200,)
+def _gpu(name: str, sms: int, clock_hz: float, fp32_lanes: int, *, half_flops: float, bytes_per_s: float) -> Device:
+    return Device(
+        name, sms * 16 * clock_hz, half_flops, sms * fp32_lanes * 2 * clock_hz, bytes_per_s, STEP_CYCLES / clock_hz
+    )
+
+
+# half_flops is an assumption, the rate behind an estimate of 0.15 ms for the 0.107 TFLOP of shape A: three quarters of
+# the data sheet (989 TFLOP/s; A100: 312). bytes_per_s counts reads and writes: measured by a copy on an H200, nine
+# tenths of the data sheet on the others.
+H200 = _gpu("H200", 132, 1.98e9, 128, half_flops=733e12, bytes_per_s=4.2e12)
+H100 = _gpu("H100 80GB HBM3", 132, 1.98e9, 128, half_flops=733e12, bytes_per_s=3.0e12)
+A100 = _gpu("A100-SXM4-80GB", 108, 1.41e9, 64, half_flops=234e12, bytes_per_s=1.8e12)
+DEVICES = (H200, H100, A100)
+
+# A CPU core with AVX: two FMA pipes of 8 (AVX2) or 16 (AVX-512) fp32 lanes. A tanh costs at least about 12 of
+# their instructions (a rational or exponential form with its division), a dependent step at least about 60 cycles
+# (a short chain of FMAs of 4 cycles each, then the tanh).
+CPU_TANH_INSTRUCTIONS = 12
+CPU_STEP_CYCLES = 60
+
+
+def _copy_bandwidth() -> float:
+    """Bytes read and written per second by the fastest of five copies of 64 MiB."""
+    source = torch.ones(64 << 20, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        target.copy_(source)
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.nbytes / best
+
+
+@functools.cache
+def host(threads: int) -> Device | None:
+    """Estimated figures of this machine's CPU with so many threads; None where its clock or its width is unknown."""
+    lanes = {"AVX2": 8, "AVX512": 16}.get(torch.backends.cpu.get_cpu_capability())
+    try:
+        match = re.search(r"^cpu MHz\s*:\s*([\d.]+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    if lanes is None or match is None:
+        return None
+    clock = float(match[1]) * 1e6
+    instructions = threads * 2 * lanes * clock
+    return Device(
+        "CPU",
+        instructions / CPU_TANH_INSTRUCTIONS,
+        2 * instructions,
+        2 * instructions,
+        _copy_bandwidth(),
+        CPU_STEP_CYCLES / clock,
+    )
+
+
+def find_device(name: str) -> Device | None:
+    """The figures of the card whose name contains one that is known, else None: no floor is guessed."""
+    return next((device for device in DEVICES if device.name in name), None)
+
+
+def device_at_hand(device: torch.device) -> Device | None:
+    """Figures of a torch device, or None where none are known."""
+    if device.type == "cuda":
+        return find_device(torch.cuda.get_device_name(device))
+    return host(torch.get_num_threads())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,48 +149,50 @@ class Floor:
         return max(dataclasses.astuple(self))
 
 
-def find_device(name: str) -> Device | None:
-    """The figures of the card whose name contains one that is known, else None: no floor is guessed."""
-    return next((device for device in DEVICES if device.name in name), None)
-
-
-def _bytes(shape: Shape, itemsize: int) -> tuple[int, int]:
-    """(bytes of q, k, v, f, W; bytes of y). f is fp32."""
-    per_token = (shape.Nq + shape.Nk) * shape.K * itemsize + shape.Nv * shape.V * itemsize + shape.Nf * 4
-    inputs = shape.B * shape.T * per_token + shape.Nw * shape.V * shape.V * itemsize
-    return inputs, shape.B * shape.T * shape.N * shape.V * itemsize
-
-
-def forward_floor(shape: Shape, dtype: str, device: Device = H200) -> Floor:
-    """Bounds of the forward pass."""
-    inputs, outputs = _bytes(shape, BYTES[dtype])
-    return _floor(shape, dtype, device, fmas=shape.V + 3, moved=inputs + outputs)
-
-
-def backward_floor(shape: Shape, dtype: str, device: Device = H200) -> Floor:
-    """Bounds of the backward pass: reads the inputs and dy, writes a gradient for every input."""
-    inputs, outputs = _bytes(shape, BYTES[dtype])
-    return _floor(shape, dtype, device, fmas=3 * shape.V + 8, moved=2 * inputs + outputs)
-
-
-def _floor(shape: Shape, dtype: str, device: Device, *, fmas: int, moved: int) -> Floor:
-    elements = shape.B * shape.T * shape.N * shape.K * shape.V
+def floor_of(work: Work, dtype: str, device: Device) -> Floor:
+    """Bounds of one pass."""
     flops_per_s = device.half_flops if BYTES[dtype] == 2 else device.fp32_flops
     return Floor(
-        tanh=1e3 * elements / (device.sms * device.tanh_per_cycle_sm * device.clock_hz),
-        matmul=1e3 * 2 * elements * fmas / flops_per_s,
-        memory=1e3 * moved / device.bytes_per_s,
-        sequential=1e3 * shape.T * STEP_CYCLES / device.clock_hz,
+        tanh=1e3 * work.tanh / device.tanh_per_s,
+        matmul=1e3 * work.flops / flops_per_s,
+        memory=1e3 * work.bytes / device.bytes_per_s,
+        sequential=1e3 * work.steps * device.step_s,
     )
 
 
-def floor_of_pass(shape: Shape, dtype: str, which: str, device: Device | None) -> tuple[float, str] | None:
-    """(milliseconds, what sets it) for one of `PASSES`, or None where no figures of the device are known."""
-    if device is None or dtype == "float64":
+def work_of_mode(work: dict[str, Work], mode: str) -> list[Work]:
+    """The passes that a mode runs one after the other, from what "forward" and "backward" have to do."""
+    if mode in ("inference", "forward"):
+        return [work["forward"]]
+    if mode == "backward":
+        return [work["backward"]]
+    return [work["forward"], work["backward"]]
+
+
+def floor_of_mode(work: dict[str, Work], dtype: str, mode: str, device: Device | None) -> tuple[float, str] | None:
+    """(milliseconds, what sets it), or None where no figures of the device are known."""
+    if device is None or dtype == "float64" or not work:
         return None
-    forward = forward_floor(shape, dtype, device)
-    if which != "forward+backward":
-        return forward.total, forward.bound
-    backward = backward_floor(shape, dtype, device)
-    bound = forward.bound if forward.bound == backward.bound else f"{forward.bound}, {backward.bound}"
-    return forward.total + backward.total, bound
+    floors = [floor_of(part, dtype, device) for part in work_of_mode(work, mode)]
+    return sum(floor.total for floor in floors), ", ".join(dict.fromkeys(floor.bound for floor in floors))
+
+
+def scan_work(shape: Shape, dtype: str) -> dict[str, Work]:
+    """Forward and backward of the M²RNN scan. f is fp32. Backward reads the inputs and dy, writes every gradient."""
+    itemsize = BYTES[dtype]
+    per_token = (shape.Nq + shape.Nk) * shape.K * itemsize + shape.Nv * shape.V * itemsize + shape.Nf * 4
+    inputs = shape.B * shape.T * per_token + shape.Nw * shape.V * shape.V * itemsize
+    outputs = shape.B * shape.T * shape.N * shape.V * itemsize
+    elements = shape.B * shape.T * shape.N * shape.K * shape.V
+    return {
+        "forward": Work(elements, 2 * elements * (shape.V + 3), inputs + outputs, shape.T),
+        "backward": Work(elements, 2 * elements * (3 * shape.V + 8), 2 * inputs + outputs, shape.T),
+    }
+
+
+def step_work(shape: Shape, dtype: str) -> dict[str, Work]:
+    """One decoding step: the state is read and written in fp32, and so is everything else once."""
+    itemsize, states = BYTES[dtype], shape.B * shape.N * shape.K * shape.V
+    token = (shape.Nq + shape.Nk) * shape.K + (shape.Nv + shape.N) * shape.V
+    moved = 2 * 4 * states + shape.B * (token * itemsize + 4 * shape.Nf) + shape.Nw * shape.V**2 * itemsize
+    return {"forward": Work(states, 2 * states * (shape.V + 3), moved, 1)}

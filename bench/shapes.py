@@ -46,6 +46,15 @@ class Shape:
         """Keyword arguments for `m2rnn_compile.testing.make_inputs`."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "name"}
 
+    @property
+    def width(self) -> int:
+        """Width of the residual stream that a model of this shape has: what peers of another kind are sized by."""
+        return WIDTHS.get(self.name, max(64, 64 * round(self.N * self.V / 64)))
+
+    def with_length(self, T: int) -> Shape:
+        """The same problem over T steps."""
+        return dataclasses.replace(self, T=T)
+
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -60,6 +69,9 @@ PRESETS = {
         Shape("cpu", B=4, T=512, N=8, K=32, V=16),
     )
 }
+
+WIDTHS = {"A": 1024, "B": 1536, "C": 1536, "D": 1024}
+GPU_PRESETS = ("A", "B", "C", "D")
 
 # Small and awkward on purpose: odd sizes, shared heads, lengths around a chunk of 64.
 CHECK_SHAPES = (

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import statistics
 import time
@@ -11,7 +12,8 @@ from typing import Protocol
 
 import torch
 
-Variant = Callable[[int], object]  # called with a running number, to pick the next of several input buffers
+# Called before each measurement, untimed, to set up; returns the call to time.
+Variant = Callable[[], Callable[[], object]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +30,13 @@ class Timing:
     def min_ms(self) -> float:
         return min(self.samples_ms)
 
-    @property
-    def max_ms(self) -> float:
-        return max(self.samples_ms)
+    def quantile_ms(self, p: float) -> float:
+        """Interpolated linearly between samples, as numpy does."""
+        ordered = sorted(self.samples_ms)
+        position = p * (len(ordered) - 1)
+        low = int(position)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
 
 class Clock(Protocol):
@@ -42,25 +48,38 @@ class Clock(Protocol):
 
 
 class WallClock:
-    """For CPUs."""
+    """For CPUs. Before each call a buffer larger than usual caches is written, as the flush on a GPU.
+
+    Not through torch: its threads would still be spinning when the call starts.
+    """
+
+    def __init__(self, flush_bytes: int = 32 << 20) -> None:
+        self._flush = ctypes.create_string_buffer(flush_bytes)
 
     def measure(self, fn: Callable[[], object]) -> float:
+        ctypes.memset(self._flush, 0, len(self._flush))
         start = time.perf_counter_ns()
         fn()
         return (time.perf_counter_ns() - start) * 1e-6
 
 
 class CudaClock:
-    """For GPUs: the time between two events on the stream.
+    """For GPUs: the time between two events on the stream, with a cold L2.
 
-    The stream is first kept busy for about half a millisecond, so that the launches are queued before the first event
-    fires: in training the queue runs ahead too, and the time of a launch from Python is not the kernel's.
+    First a buffer of four times the L2 cache is written, so that no call finds its inputs there. Then the stream is
+    kept busy for about half a millisecond, so that the launches are queued before the first event fires: in training
+    the queue runs ahead too, and the time of a launch from Python is not the kernel's.
     """
 
     HEAD_START_CYCLES = 1_000_000
 
+    def __init__(self, device: torch.device) -> None:
+        l2 = int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 50 << 20))
+        self._flush = torch.empty(4 * l2, dtype=torch.uint8, device=device)
+
     def measure(self, fn: Callable[[], object]) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._flush.zero_()
         torch.cuda.synchronize()
         torch.cuda._sleep(self.HEAD_START_CYCLES)
         start.record()
@@ -68,6 +87,11 @@ class CudaClock:
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end)
+
+
+def clock_for(device: torch.device) -> Clock:
+    """The clock that fits a device."""
+    return CudaClock(device) if device.type == "cuda" else WallClock()
 
 
 def planned_runs(cost_ms: float, *, runs: int, min_runs: int, budget_s: float) -> int:
@@ -85,29 +109,37 @@ def measure_interleaved(
     budget_s: float = 30.0,
     warmup: int = 2,
     on_run: Callable[[str, int, int], None] = lambda name, done, total: None,
+    on_error: Callable[[str, Exception], bool] = lambda name, error: False,
 ) -> dict[str, Timing]:
     """Time every variant `runs` times, one call of each a round, the order rotating from round to round.
 
     A variant so slow that `runs` of it would exceed `budget_s` seconds runs less often (at least `min_runs` times), its
-    runs spread evenly over the rounds. The first warm-up call compiles; the last one says what a call costs.
+    runs spread evenly over the rounds. The last warm-up call says what a call costs.
 
     Args:
-        variants: name → function of a running number.
+        variants: name → function that prepares (untimed) and returns the call to time.
         clock: what measures one call.
         on_run: told (name, runs done, runs planned) of all variants together, for a progress bar.
+        on_error: told of an exception of a variant; True drops the variant and goes on, False lets it rise.
     """
     if runs < 1 or min_runs < 1 or warmup < 1:
         raise ValueError(f"runs, min_runs and warmup must be at least 1, got {runs}, {min_runs}, {warmup}")
-    calls = dict.fromkeys(variants, 0)
+    dropped: set[str] = set()
 
     def call(name: str) -> float:
-        number = calls[name]
-        calls[name] += 1
-        return clock.measure(lambda: variants[name](number))
+        try:
+            return clock.measure(variants[name]())
+        except Exception as e:
+            if not on_error(name, e):
+                raise
+            dropped.add(name)
+            return 0.0
 
     plan = {}
     for name in variants:
-        cost = [call(name) for _ in range(warmup)][-1]
+        cost = 0.0
+        for _ in range(warmup):
+            cost = call(name) if name not in dropped else 0.0
         plan[name] = planned_runs(cost, runs=runs, min_runs=min_runs, budget_s=budget_s)
     rounds, total, done = max(plan.values(), default=0), sum(plan.values()), 0
     samples: dict[str, list[float]] = {name: [] for name in variants}
@@ -117,7 +149,8 @@ def measure_interleaved(
         for name in names[first:] + names[:first]:
             due = (r + 1) * plan[name] // rounds > r * plan[name] // rounds
             if due:
-                samples[name].append(call(name))
+                if name not in dropped:
+                    samples[name].append(call(name))
                 done += 1
                 on_run(name, done, total)
-    return {name: Timing(tuple(values)) for name, values in samples.items()}
+    return {name: Timing(tuple(values)) for name, values in samples.items() if name not in dropped}

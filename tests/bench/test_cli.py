@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: arguments, exit codes, records."""
+"""The command line: arguments, exit codes, files, what goes to stdout and what to stderr."""
 
+import dataclasses
 import json
 import re
 import sys
 
 import pytest
-from rich.console import Console
+import torch
 
-from bench import check, cli, impls, record, show
+from bench import check, cli, files, measure, record
+from bench.providers import Provider, add_checkout, upstream
 from bench.shapes import parse_shape
 from m2rnn_compile import m2rnn
 from m2rnn_compile.testing import make_inputs, oracle, run_low_precision
@@ -16,105 +18,358 @@ from m2rnn_compile.testing import make_inputs, oracle, run_low_precision
 SMALL = ["--shape", "B1,T5,N2,K3,V4", "--device", "cpu"]
 
 
+@pytest.fixture
+def run(capsys, tmp_path):
+    """Run the command line; rows go to a folder of the test. Returns (exit code, stdout, stderr)."""
+
+    def call(*argv, out=True):
+        written = ["--out", str(tmp_path / "rows.jsonl")] if out else []
+        code = cli.main([*argv, *written])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    call.rows = lambda: files.read(tmp_path / "rows.jsonl")
+    call.path = tmp_path / "rows.jsonl"
+    return call
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
+        (["op", "--preset", "Z"], "--preset 'Z' is unknown; expected A, B, C, D, cpu"),
         (["op", "--shape", "Z"], "expected a preset"),
-        (["op", *SMALL, "--impl", "cuda-c"], "there is no|unknown|cannot run here"),
-        (["op", *SMALL, "--impl", "triton"], "runs on cuda tensors"),
-        (["op", *SMALL, "--impl", "xma"], "CUDA tensors only"),
-        (["op", *SMALL, "--impl", "eager", "--baseline", "cpp"], "not among the implementations"),
-        (["op", *SMALL, "--pass", "sideways"], "sideways: unknown"),
+        (["op", "--shape", "B1,T5,N4,K3,V4,Nq3"], "Nq must divide N = 4, got 3"),
+        (["op", *SMALL, "--T", "0"], "a length must be at least 1"),
+        (["op", *SMALL, "--T", "many"], "expected whole numbers"),
+        (["op", *SMALL, "--provider", "cuda-c"], r"unknown provider cuda-c; .*cpp: available"),
+        (["op", *SMALL, "--provider", "triton"], "triton cannot run here"),
+        (["op", *SMALL, "--provider", "xma"], "CUDA tensors only"),
+        (["layer", *SMALL, "--provider", "lstm"], "lstm: has no layer"),
+        (["op", *SMALL, "--mode", "sideways"], "sideways: unknown for op"),
+        (["step", *SMALL, "--mode", "backward"], "unknown for step"),
         (["op", *SMALL, "--dtype", "int8"], "'int8' is unknown"),
+        (["op", *SMALL, "--dtype", "fp32,"], "an empty item"),
         (["op", *SMALL, "--clip", "-1"], "neither a number"),
         (["op", *SMALL, "--runs", "0"], "at least 1"),
+        (["op", *SMALL, "--budget", "nan"], "above 0"),
         (["op", *SMALL, "--threads", "0"], "at least 1"),
+        (["op", *SMALL, "--xma", "/nonexistent"], "give the root of a checkout"),
+        (["op", *SMALL, "--fail-above", "1.1"], "needs --baseline"),
+        (["op", *SMALL, "--fail-above", "0", "--baseline", "x.jsonl"], "must be above 0"),
+        (["op", *SMALL, "--baseline", "/nonexistent.jsonl"], "cannot be read"),
+        (["op", *SMALL, "--out", "rows.xlsx"], "must end in"),
+        (["op", *SMALL, "--out", "/dev/null/rows.jsonl"], "cannot be written"),
         (["op", "--device", "tpu"], "--device"),
         (["op", "--device", "cuda:99"], "CUDA device"),
+        (["model", *SMALL, "--pattern", "MXA"], "--pattern 'MXA': expected a letter a layer"),
+        (["model", *SMALL, "--pattern", "MA", "--layers", "3"], "--layers and --pattern: give one"),
+        (["model", *SMALL, "--layers", "0"], "--layers must be at least 1"),
         (["check", *SMALL, "--repeats", "-1"], "at least 0"),
+        (["check", *SMALL, "--provider", "lstm"], "unknown provider lstm"),
+        (["check", *SMALL, "--clip", "soft"], "neither a number"),
         (["show", "/nonexistent.json"], "cannot be read"),
+        (["report", "/nonexistent.jsonl"], "cannot be read"),
+        (["compare", "one.jsonl"], "compare takes two files"),
+        (["compare", "--rev", "HEAD", "--", "fly"], "say what to run after --"),
+        (["compare", "--rev", "no-such-revision", "--", "op", *SMALL], "git knows no such revision"),
         (["fly"], "invalid choice"),
         ([], "required"),
     ],
 )
-def test_bad_arguments_exit_with_2_and_say_why(argv, message, capsys):
-    assert cli.main(argv) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert re.search(message, captured.err), captured.err
+def test_bad_arguments_exit_with_2_and_one_line_that_says_why(argv, message, run):
+    code, out, err = run(*argv, out=False)
+    assert (code, out) == (2, "")
+    lines = [line for line in err.splitlines() if "error: " in line]
+    assert len(lines) == 1
+    assert re.search(message, lines[0])
+
+
+def test_a_preset_for_gpus_is_refused_where_there_is_none(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, err = run("op", "--preset", "A")
+    assert code == 2
+    assert "preset A is meant for a GPU and torch sees none" in err
+    assert not run.path.exists()
 
 
 def test_a_wrong_checkout_of_upstream_is_refused(tmp_path):
     with pytest.raises(ValueError, match="give the root of a checkout"):
-        impls.load_xma(str(tmp_path))
+        add_checkout(str(tmp_path))
     broken = tmp_path / "xma/layers/m2rnn/op.py"
     broken.parent.mkdir(parents=True)
     for folder in (tmp_path / "xma", tmp_path / "xma/layers", broken.parent):
         (folder / "__init__.py").write_text("")
     broken.write_text("import nothing_of_that_name")
-    with pytest.raises(ValueError, match="ModuleNotFoundError: No module named 'nothing_of_that_name'"):
-        impls.load_xma(str(tmp_path))
-    for name in [name for name in sys.modules if name.partition(".")[0] == "xma"]:
-        del sys.modules[name]
+    before = list(sys.path)
+    try:
+        add_checkout(str(tmp_path))
+        assert "ModuleNotFoundError: No module named 'nothing_of_that_name'" in upstream.why_not_importable()
+    finally:
+        sys.path[:] = before
+        for name in [name for name in sys.modules if name.partition(".")[0] == "xma"]:
+            del sys.modules[name]
 
 
-def test_an_impossible_implementation_lists_all_with_reasons(capsys):
-    assert cli.main(["op", *SMALL, "--impl", "triton"]) == 2
-    error = capsys.readouterr().err
-    for name in ("reference", "eager", "cpp", "triton", "xma"):
-        assert f"\n  {name}" in error
+@pytest.mark.parametrize(
+    "command", [[], *([name] for name in (*cli.DEFAULT_MODES, "info", "check", "compare", "report", "show"))]
+)
+def test_help_is_plain_text(command, run):
+    code, out, err = run(*command, "--help", out=False)
+    assert (code, err) == (0, "")
+    assert "python -m bench" in out
+    assert "\x1b" not in out
 
 
-@pytest.mark.parametrize("command", [[], ["op"], ["check"], ["show"]])
-def test_help_exits_with_0(command, capsys):
-    assert cli.main([*command, "--help"]) == 0
-    assert "python -m bench" in capsys.readouterr().out
+def test_info_names_versions_caches_and_every_provider(run):
+    code, out, _ = run("info", out=False)
+    assert code == 0
+    assert torch.__version__ in out
+    for name in ("platform", "cpu", "git", "cache: Triton", "cache: C++ kernel", "provider xma", "provider cpp"):
+        assert re.search(rf"^{re.escape(name)} ", out, re.MULTILINE), name
 
 
-def test_op_writes_a_record_that_show_prints_again(tmp_path, capsys):
-    path = tmp_path / "deep" / "op.json"
-    argv = ["op", *SMALL, "--impl", "reference,eager", "--runs", "2", "--out", str(path), "--commit", "abc"]
-    assert cli.main(argv) == 0
-    table = capsys.readouterr().out
-    made = record.load(path)
-    assert made["kind"] == "op"
-    assert made["command"].startswith("python -m bench op --shape")
-    assert {(row["impl"], row["pass"]) for row in made["rows"]} == {
-        (impl, which) for impl in ("reference", "eager") for which in ("forward", "forward+backward")
-    }
-    for row in made["rows"]:
-        assert row["runs"] == len(row["samples_ms"]) == 2
-        assert row["min_ms"] <= row["median_ms"] <= row["max_ms"]
-        assert row["baseline"] == "reference"
-        assert row["floor_ms"] is row["peak_extra_mib"] is None
-    assert all(made[key] for key in ("date", "cpu", "torch", "python", "platform"))
-    assert made["git"]["source_sha256"] == record.source_hash()
-    assert cli.main(["show", str(path)]) == 0
-    shown = capsys.readouterr().out
+def test_the_cpu_preset_runs_with_every_default_provider(run):
+    code, out, err = run("op", "--preset", "cpu", "--device", "cpu", "--runs", "2")
+    assert code == 0
+    rows = [row for row in run.rows() if row.status != "missing"]
+    assert {row.provider for row in rows} >= {"reference", "cpp", "cpp-compile", "sdpa", "lstm", "gru"}
+    assert {row.mode for row in rows} == {"forward", "backward", "forward+backward"}
+    for row in rows:
+        assert row.status == "ok", (row.provider, row.mode, row.note)
+        assert row.p20_ms <= row.median_ms <= row.p80_ms
+        assert row.gate.startswith("fp64 of an independent run")
+        assert row.error_ratio is not None
+        assert row.tokens_per_s == pytest.approx(1e3 * 4 * 512 / row.median_ms)
+        assert row.tflops_per_s
+        assert row.gbytes_per_s
+        assert all((row.device, row.torch, row.python, row.git, row.date))
+    assert "median ms" in out
+    assert "forward: cpp" in err  # progress
+    assert "\x1b" not in out + err
+
+
+def test_check_passes(run):
+    code, out, _ = run("check", "--device", "cpu")
+    assert code == 0
+    assert "FAIL" not in out
+    assert {row.provider for row in run.rows()} >= {"reference", "eager", "cpp"}
+    assert {row.mode for row in run.rows()} == {"check"}
+
+
+@pytest.mark.parametrize(
+    "argv, modes",
+    [
+        (["step"], {"inference"}),
+        (["layer"], {"forward", "backward", "forward+backward"}),
+        (["model", "--pattern", "MA"], {"train", "generate"}),
+    ],
+)
+def test_other_kernels_run_at_a_small_shape(argv, modes, run):
+    code, _, _ = run(*argv, "--shape", "B2,T9,N4,K8,V16", "--device", "cpu", "--provider", "eager,sdpa", "--runs", "1")
+    assert code == 0
+    assert {(row.provider, row.mode) for row in run.rows()} == {(p, m) for p in ("eager", "sdpa") for m in modes}
+    for row in run.rows():
+        assert row.status == "ok", (row.provider, row.mode, row.note)
+
+
+def test_show_prints_the_tables_of_the_run_again(run):
+    code, table, _ = run("op", *SMALL, "--provider", "reference,eager", "--runs", "2", "--commit", "abc")
+    assert code == 0
+    assert [row.git for row in run.rows()] == ["abc"] * 6
+    code, shown, _ = run("show", str(run.path), out=False)
+    assert code == 0
     assert shown.strip()
     assert shown.strip() in table
 
 
-def test_json_prints_the_record(tmp_path, capsys):
-    path = tmp_path / "op.json"
-    assert cli.main(["op", *SMALL, "--impl", "eager", "--runs", "1", "--json", "--out", str(path)]) == 0
-    assert json.loads(capsys.readouterr().out) == record.load(path)
+def test_json_prints_the_rows(run):
+    code, out, _ = run("op", *SMALL, "--provider", "eager", "--runs", "1", "--json")
+    assert code == 0
+    assert [json.loads(line) for line in out.splitlines()] == [row.to_dict() for row in run.rows()]
 
 
-def test_check_passes_for_the_eager_path(tmp_path, capsys):
-    argv = ["check", *SMALL, "--impl", "reference,eager", "--repeats", "1", "--out", str(tmp_path / "c.json")]
-    assert cli.main(argv) == 0
-    assert "pass" in capsys.readouterr().out
+def test_colour_and_width_follow_the_terminal(monkeypatch, tmp_path):
+    """On a terminal of 40 columns no figure is cut; NO_COLOR drops the colours."""
+
+    class Terminal:
+        encoding = "utf-8"
+
+        def __init__(self):
+            self.text = ""
+
+        def write(self, text):
+            self.text += text
+
+        def flush(self):
+            pass
+
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    path = record.RESULTS / "op-h200-20261124.json"
+    for variable, value, coloured in (("NO_COLOR", "", True), ("NO_COLOR", "1", False)):
+        monkeypatch.setenv(variable, value)
+        monkeypatch.setattr(sys, "stdout", Terminal())
+        assert cli.main(["show", str(path)]) == 0
+        text = sys.stdout.text
+        assert "…" not in text
+        assert re.search("median ms +p20 +p80 +vs xma", re.sub(r"\x1b\[[0-9;]*m", "", text))
+        assert ("\x1b[" in text) is coloured
 
 
-def test_check_exits_with_1_on_a_fault(tmp_path, monkeypatch, capsys):
+def test_dry_run_shows_memory_and_runs_nothing(run, monkeypatch):
+    monkeypatch.setattr(measure, "run", lambda *given: pytest.fail("it ran"))
+    code, out, _ = run("op", "--preset", "A,C", "--dtype", "bf16", "--dry-run")
+    assert code == 0
+    assert not run.path.exists()
+    assert "nothing was run" in out
+    (xma,) = [line.split() for line in out.splitlines() if line.startswith("A ") and " xma " in line]
+    assert float(xma[xma.index("xma") + 3].replace(",", "")) > 5000  # MiB: every state in bf16
+
+
+def _provider(name, build):
+    return Provider(name, name, ("cpu",), lambda device: None, {"op": build}, lambda shape, itemsize: 0)
+
+
+def test_out_of_memory_is_a_row_and_the_run_goes_on(run, monkeypatch):
+    def too_large(context):
+        raise torch.OutOfMemoryError("Tried to allocate more than there is")
+
+    (eager,) = [provider for provider in measure.PROVIDERS if provider.name == "eager"]
+    monkeypatch.setattr(measure, "PROVIDERS", [_provider("huge", too_large), eager])
+    code, out, _ = run("op", *SMALL, "--provider", "huge,eager", "--runs", "1", "--mode", "forward")
+    assert code == 0
+    assert [(row.provider, row.status, row.note) for row in run.rows()] == [
+        ("huge", "oom", "out of memory"),
+        ("eager", "ok", ""),
+    ]
+    assert "huge forward: out of memory" in out
+
+
+def test_a_real_allocation_that_cannot_be_met_is_out_of_memory(run, monkeypatch):
+    def call(context):
+        torch.empty(2**60)
+
+    monkeypatch.setattr(measure, "PROVIDERS", [_provider("huge", call)])
+    code, _, _ = run("op", *SMALL, "--provider", "huge", "--mode", "forward")
+    assert code == 1  # nothing could be timed
+    assert [row.status for row in run.rows()] == ["oom"]
+
+
+def test_what_fails_the_gate_is_not_timed(run, monkeypatch):
+    from bench.providers import ours
+
+    wrong = lambda context: ours.scan_problem(context, lambda **given: m2rnn(**given, impl="eager").y * 1.1)
+    monkeypatch.setattr(measure, "PROVIDERS", [_provider("wrong", wrong)])
+    code, out, _ = run("op", *SMALL, "--provider", "wrong", "--mode", "forward")
+    assert code == 1
+    (row,) = run.rows()
+    assert (row.status, row.median_ms) == ("refused", None)
+    assert "correctness gate: y errs" in out
+
+
+def test_ctrl_c_keeps_finished_rows(run, monkeypatch):
+    original = measure.run
+
+    def interrupted(plan, on_run):
+        for number, row in enumerate(original(plan, on_run)):
+            if number == 1:
+                raise KeyboardInterrupt
+            yield row
+
+    monkeypatch.setattr(measure, "run", interrupted)
+    code, out, err = run("op", *SMALL, "--provider", "eager", "--runs", "1")
+    assert code == 130
+    assert "interrupted; 1 finished rows are kept" in err
+    assert "median ms" in out
+    assert len(run.rows()) == 1
+
+
+def test_an_interrupted_run_without_rows_leaves_no_file(run, monkeypatch):
+    def interrupted(plan, on_run):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(measure, "run", interrupted)
+    assert run("op", *SMALL, "--provider", "eager")[0] == 130
+    assert not run.path.exists()
+
+
+def test_fail_above_judges_against_a_baseline(run, tmp_path):
+    argv = ["op", *SMALL, "--provider", "eager", "--runs", "1", "--mode", "forward"]
+    assert run(*argv)[0] == 0
+    (row,) = run.rows()
+    for name, factor in (("fast", 1e-3), ("slow", 1e3)):
+        scaled = {n: getattr(row, n) * factor for n in ("median_ms", "p20_ms", "p80_ms")}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row.to_dict() | scaled) + "\n")
+    code, out, err = run(*argv, "--fail-above", "1.2", "--baseline", str(tmp_path / "fast.jsonl"))
+    assert code == 1
+    assert re.search(r"error: op eager forward .* is [\d.]+x its baseline \(limit 1.2x\)", err)
+    assert "slower" in out
+    assert run(*argv, "--fail-above", "1.2", "--baseline", str(tmp_path / "slow.jsonl"))[0] == 0
+    other = json.dumps(row.to_dict() | {"T": 6})
+    (tmp_path / "other.jsonl").write_text(other + "\n")
+    code, _, err = run(*argv, "--fail-above", "1.2", "--baseline", str(tmp_path / "other.jsonl"))
+    assert code == 1
+    assert "nothing to compare" in err
+
+
+def test_two_files_are_compared(run, tmp_path):
+    argv = ["op", *SMALL, "--provider", "eager", "--runs", "1", "--mode", "forward"]
+    assert run(*argv)[0] == 0
+    (row,) = run.rows()
+    slower = tmp_path / "slower.csv"
+    with files.Writer([slower]) as writer:
+        writer.append(
+            dataclasses.replace(row, median_ms=3 * row.median_ms, p20_ms=3 * row.p20_ms, p80_ms=3 * row.p80_ms)
+        )
+    code, out, _ = run("compare", str(run.path), str(slower), out=False)
+    assert code == 0
+    assert "3.000" in out
+    assert "slower" in out
+    code, _, err = run("compare", str(run.path), str(slower), "--fail-above", "2", out=False)
+    assert code == 1
+    assert "3.00x what it was (limit 2x)" in err
+    assert run("compare", str(slower), str(run.path), "--fail-above", "2", out=False)[0] == 0
+
+
+def test_a_report_is_markdown(run, tmp_path):
+    argv = ["report", str(record.RESULTS / "op-h200-20261124.json")]
+    code, out, _ = run(*argv, out=False)
+    assert code == 0
+    assert "## op, B8 T4096 N84 K64 V16, bfloat16, clip 1.0" in out
+    code, nothing, _ = run(*argv, "--out", str(tmp_path / "report.md"), out=False)
+    assert (code, nothing) == (0, "")
+    assert (tmp_path / "report.md").read_text() == out
+
+
+def test_plots_need_matplotlib_and_say_so(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    argv = ["report", str(record.RESULTS / "op-h200-20261124.json"), "--plot", str(tmp_path / "plots")]
+    code, _, err = run(*argv, out=False)
+    assert code == 2
+    assert "--plot needs matplotlib: pip install" in err
+
+
+def test_plots_are_drawn(run, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib (extra: plot) is not installed")
+    folder = tmp_path / "plots"
+    assert run("report", str(record.RESULTS / "op-h200-20261124.json"), "--plot", str(folder), out=False)[0] == 0
+    assert {path.name for path in folder.iterdir()} == {"latency.png", "memory.png", "floor.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.iterdir())
+
+
+def test_check_exits_with_1_on_a_fault(run, monkeypatch):
     def wrong(*args, state_grad_clip=None, **options):
         return m2rnn(*args, impl="eager", **options)  # forgets the clip
 
-    monkeypatch.setattr("bench.check.impls.resolve", lambda names, inputs, xma: {"wrong": wrong})
-    argv = ["check", *SMALL, "--clip", "0.1", "--repeats", "1", "--out", str(tmp_path / "c.json")]
-    assert cli.main(argv) == 1
-    assert "FAIL" in capsys.readouterr().out
+    monkeypatch.setattr(check, "scan_of", lambda name: wrong)
+    code, out, _ = run("check", *SMALL, "--clip", "0.1", "--repeats", "1", "--provider", "eager")
+    assert code == 1
+    assert "FAIL" in out
+    assert {row.status for row in run.rows()} == {"refused"}
 
 
 def test_check_sees_bits_that_differ_from_run_to_run():
@@ -144,42 +399,20 @@ def test_check_does_not_take_nan_for_accurate():
     assert row["different_repeats"] == 0  # the same NaNs are the same bits
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("{", "not a JSON file"),
-        ("[]", "not a benchmark record"),
-        ('{"kind": "op"}', "not a benchmark record"),
-        ('{"kind": "op", "rows": [], "schema": 0}', "schema 0"),
-    ],
-)
-def test_a_bad_record_is_refused(content, message, tmp_path):
-    path = tmp_path / "record.json"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=message):
-        record.load(path)
-
-
-def test_failed_measurements_are_shown_as_such(tmp_path, capsys):
-    shape = parse_shape("cpu").as_dict()
-    row = {"shape": shape, "dtype": "float32", "pass": "forward", "clip": 1.0, "baseline": "eager", "impl": "eager"}
-    made = record.make_record("op", ["op"], [{**row, "error": "out of memory"}])
-    record.write(made, tmp_path / "r.json")
-    assert cli.main(["show", str(tmp_path / "r.json")]) == 0
-    assert "out of memory" in capsys.readouterr().out
-
-
-def test_gpu_test_reports_can_be_shown(capsys):
+def test_gpu_test_reports_can_be_shown(run, tmp_path):
     rows = [
         {"test": "t.py::a", "outcome": "passed", "message": ""},
         {"test": "t.py::b", "outcome": "failed", "message": "x"},
     ]
-    show.render(record.make_record("test-gpu", ["make test-gpu"], rows), Console(width=120))
-    out = capsys.readouterr().out
+    path = record.write(record.make_record("test-gpu", ["make test-gpu"], rows), tmp_path / "gpu.json")
+    code, out, _ = run("show", str(path), out=False)
+    assert code == 0
     assert "1 failed, 1 passed" in out
     assert "t.py::b" in out
 
 
-def test_committed_records_can_all_be_read():
-    for path in sorted(record.RESULTS.glob("*.json")):
-        record.load(path)
+@pytest.mark.parametrize("path", sorted(record.RESULTS.glob("*.json*")), ids=lambda path: path.name)
+def test_committed_results_can_be_shown(path, run):
+    code, out, _ = run("show", str(path), out=False)
+    assert code == 0
+    assert out.strip()

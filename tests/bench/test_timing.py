@@ -3,7 +3,7 @@
 
 import pytest
 
-from bench.timing import Timing, measure_interleaved, planned_runs
+from bench.timing import Timing, WallClock, measure_interleaved, planned_runs
 
 
 class FakeClock:
@@ -13,35 +13,51 @@ class FakeClock:
         return fn()
 
 
-def test_medians_minima_and_maxima():
-    timing = Timing((5.0, 1.0, 3.0))
-    assert (timing.median_ms, timing.min_ms, timing.max_ms) == (3.0, 1.0, 5.0)
+def always(value):
+    return lambda: lambda: value
+
+
+def test_medians_minima_and_quantiles():
+    timing = Timing((5.0, 1.0, 3.0, 2.0, 4.0, 6.0))
+    assert (timing.median_ms, timing.min_ms) == (3.5, 1.0)
+    assert (timing.quantile_ms(0.2), timing.quantile_ms(0.8)) == (2.0, 5.0)
+    assert Timing((7.0,)).quantile_ms(0.2) == 7.0
 
 
 def test_every_variant_runs_as_often_as_asked_and_warmups_do_not_count():
     times = iter([1000.0, 50.0, 1.0, 2.0, 3.0])
-    timings = measure_interleaved({"a": lambda i: next(times)}, FakeClock(), runs=3, warmup=2)
+    timings = measure_interleaved({"a": lambda: lambda: next(times)}, FakeClock(), runs=3, warmup=2)
     assert timings["a"].samples_ms == (1.0, 2.0, 3.0)
+
+
+def test_preparation_is_not_timed():
+    done = []
+
+    def prepare():
+        done.append("prepared")
+        return lambda: done.append("timed") or 1.0
+
+    class Watching:
+        def measure(self, fn):
+            done.append("start")
+            return fn()
+
+    measure_interleaved({"a": prepare}, Watching(), runs=1, warmup=1)
+    assert done == ["prepared", "start", "timed"] * 2
 
 
 def test_rounds_interleave_and_rotate():
     order = []
-    variants = {name: (lambda i, name=name: order.append(name) or 1.0) for name in "abc"}
+    variants = {name: (lambda name=name: lambda: order.append(name) or 1.0) for name in "abc"}
     measure_interleaved(variants, FakeClock(), runs=3, warmup=1)
     assert "".join(order) == "abc" + "abc" + "bca" + "cab"
-
-
-def test_buffers_are_numbered_without_gaps():
-    seen = []
-    measure_interleaved({"a": lambda i: seen.append(i) or 1.0}, FakeClock(), runs=4, warmup=2)
-    assert seen == list(range(6))
 
 
 def test_slow_variants_run_less_often_but_spread_over_the_rounds():
     order = []
     variants = {
-        "fast": lambda i: order.append("f") or 1.0,
-        "slow": lambda i: order.append("s") or 10_000.0,
+        "fast": lambda: lambda: order.append("f") or 1.0,
+        "slow": lambda: lambda: order.append("s") or 10_000.0,
     }
     timings = measure_interleaved(variants, FakeClock(), runs=9, min_runs=3, budget_s=10, warmup=1)
     assert len(timings["fast"].samples_ms) == 9
@@ -50,9 +66,7 @@ def test_slow_variants_run_less_often_but_spread_over_the_rounds():
     assert [len(part) for part in rounds.split("s")[:3]] == pytest.approx([3, 3, 3], abs=1)
 
 
-@pytest.mark.parametrize(
-    "cost_ms, expected", [(1.0, 20), (1000.0, 20), (5000.0, 6), (60_000.0, 3), (0.0, 20)]
-)
+@pytest.mark.parametrize("cost_ms, expected", [(1.0, 20), (1000.0, 20), (5000.0, 6), (60_000.0, 3), (0.0, 20)])
 def test_the_budget_limits_runs(cost_ms, expected):
     assert planned_runs(cost_ms, runs=20, min_runs=3, budget_s=30) == expected
 
@@ -63,12 +77,40 @@ def test_fewer_runs_than_the_minimum_may_be_asked_for():
 
 def test_progress_reaches_the_end():
     told = []
-    variants = {"a": lambda i: 1.0, "b": lambda i: 1.0}
+    variants = {"a": always(1.0), "b": always(1.0)}
     measure_interleaved(variants, FakeClock(), runs=2, warmup=1, on_run=lambda *news: told.append(news[1:]))
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert measure_interleaved({}, FakeClock()) == {}
 
 
+def test_a_variant_that_raises_is_dropped_and_the_others_go_on():
+    calls = []
+
+    def failing():
+        calls.append(None)
+        if len(calls) == 3:
+            raise RuntimeError("no more")
+        return lambda: 1.0
+
+    told = []
+    handle = lambda name, error: told.append((name, str(error))) is None
+    timings = measure_interleaved({"bad": failing, "good": always(2.0)}, FakeClock(), runs=5, on_error=handle)
+    assert told == [("bad", "no more")]
+    assert "bad" not in timings
+    assert len(timings["good"].samples_ms) == 5
+    calls.clear()
+    with pytest.raises(RuntimeError, match="no more"):
+        measure_interleaved({"bad": failing}, FakeClock(), runs=5)
+
+
 def test_nonsense_is_refused():
     with pytest.raises(ValueError, match="at least 1"):
-        measure_interleaved({"a": lambda i: 1.0}, FakeClock(), runs=0)
+        measure_interleaved({"a": always(1.0)}, FakeClock(), runs=0)
+
+
+def test_the_wall_clock_writes_over_the_caches_before_it_starts(monkeypatch):
+    order = []
+    clock = WallClock(flush_bytes=8)
+    monkeypatch.setattr("bench.timing.ctypes.memset", lambda *given: order.append(given[2]))
+    assert clock.measure(lambda: order.append("call")) >= 0
+    assert order == [8, "call"]

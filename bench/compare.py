@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Comparing rows with earlier ones: ratios, regressions, rows that went missing; and runs of another revision."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.table import Table
+from rich.text import Text
+
+from . import environment, files
+from .rows import Row
+from .tables import heading, make_table, mebibytes, milliseconds
+
+
+class Change(NamedTuple):
+    """One row before and after. `ratio` is after / before: above 1 is slower."""
+
+    before: Row
+    after: Row
+
+    @property
+    def ratio(self) -> float:
+        assert self.after.median_ms is not None  # both are rows with status ok
+        assert self.before.median_ms is not None
+        return self.after.median_ms / self.before.median_ms
+
+    @property
+    def within_noise(self) -> bool:
+        """The ranges p20 to p80 overlap."""
+        a, b = self.before, self.after
+        if None in (a.p20_ms, a.p80_ms, b.p20_ms, b.p80_ms):
+            return False
+        return a.p20_ms <= b.p80_ms and b.p20_ms <= a.p80_ms  # type: ignore[operator]
+
+
+class Comparison(NamedTuple):
+    """`missing` were there before and are not now, with the reason if there is one."""
+
+    changes: list[Change]
+    missing: list[tuple[Row, str]]
+    new: list[Row]
+    devices: set[tuple[str, str]]  # pairs that differ
+
+    def slower_than(self, ratio: float) -> list[Change]:
+        return [change for change in self.changes if change.ratio > ratio]
+
+
+def compare(before: Sequence[Row], after: Sequence[Row], *, asked_only: bool = False) -> Comparison:
+    """Match rows by what was asked and who answered. The last row of a key counts.
+
+    Args:
+        asked_only: leave out what `after` did not ask for: other kernels, shapes, dtypes and modes, and providers that
+            have no row at all in `after`.
+    """
+    old = {row.key: row for row in before if row.status == "ok" and row.mode != "check"}
+    now = {row.key: row for row in after if row.mode != "check" and row.status != "missing"}
+    absent = {row.provider: row.note for row in after if row.status == "missing"}
+    problems = {row.problem for row in now.values()}
+    providers = {row.provider for row in now.values()} | set(absent)
+    changes: list[Change] = []
+    missing: list[tuple[Row, str]] = []
+    for key, row in old.items():
+        if asked_only and (row.problem not in problems or row.provider not in providers):
+            continue
+        match = now.get(key)
+        if match is None:
+            missing.append((row, absent.get(row.provider, "")))
+        elif match.status != "ok":
+            missing.append((row, f"{match.status}: {match.note}"))
+        else:
+            changes.append(Change(row, match))
+    new = [row for key, row in now.items() if key not in old and row.status == "ok"]
+    devices = {(c.before.device, c.after.device) for c in changes if c.before.device != c.after.device}
+    return Comparison(changes, missing, new, devices)
+
+
+def parts_of(result: Comparison, title: str = "before and after") -> list[Table | Text]:
+    """What changed; below 1 is faster."""
+    table = make_table()
+    for column in ("kernel", "shape", "dtype", "mode", "provider"):
+        table.add_column(column, no_wrap=True)
+    for column in ("before ms", "after ms", "ratio", "", "kept before", "after"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for change in result.changes:
+        a, b = change
+        sizes = " ".join(f"{name}{size}" for name, size in zip("BTNKV", b.sizes, strict=True))
+        verdict = (
+            Text("same")
+            if change.within_noise
+            else Text("slower", "red")
+            if change.ratio > 1
+            else Text("faster", "green")
+        )
+        table.add_row(
+            b.kernel,
+            sizes,
+            b.dtype,
+            b.mode,
+            b.provider,
+            milliseconds(a.median_ms),
+            milliseconds(b.median_ms),
+            f"{change.ratio:.3f}",
+            verdict,
+            mebibytes(a.kept_mib),
+            mebibytes(b.kept_mib),
+        )
+    lines = [f"missing now: {row.describe()}" + (f" ({why})" if why else "") for row, why in result.missing]
+    lines += [f"new: {row.describe()}" for row in result.new]
+    lines += [f"different devices: {a} before, {b} after; ratios say little" for a, b in sorted(result.devices)]
+    lines.append("same: the ranges from p20 to p80 overlap")
+    return [heading(title), table, Text("\n".join(lines))]
+
+
+@contextlib.contextmanager
+def worktree(revision: str) -> Iterator[tuple[Path, str]]:
+    """A checkout of a revision in a temporary folder, and its commit; removed afterwards.
+
+    Raises:
+        ValueError: no git, or no such revision.
+    """
+    commit = environment.git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    if commit is None:
+        raise ValueError(f"--rev {revision!r}: git knows no such revision in {environment.ROOT}")
+    with tempfile.TemporaryDirectory(prefix="m2rnn-bench-") as folder:
+        tree = Path(folder) / "tree"
+        if environment.git("worktree", "add", "--detach", "--quiet", str(tree), commit) is None:
+            raise ValueError(f"--rev {revision!r}: git worktree add failed")
+        try:
+            yield tree, commit[:12]
+        finally:
+            environment.git("worktree", "remove", "--force", str(tree))
+
+
+def run_revision(revision: str, arguments: Sequence[str]) -> list[Row]:
+    """Rows of `python -m bench ARGUMENTS` with the package of another revision and the bench of this tree.
+
+    A process of its own, with its own import path: the two packages never meet.
+
+    Raises:
+        ValueError: no such revision, or its run failed.
+    """
+    with worktree(revision) as (tree, commit), tempfile.TemporaryDirectory(prefix="m2rnn-bench-") as folder:
+        path = Path(folder)
+        (path / "m2rnn_compile").symlink_to(tree / "m2rnn_compile")
+        (path / "bench").symlink_to(environment.ROOT / "bench")
+        out = path / "rows.jsonl"
+        kept = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        own = {str(environment.ROOT), ""}
+        search = [str(path), *(entry for entry in kept if str(Path(entry or ".").resolve()) not in own and entry)]
+        command = [sys.executable, "-P", "-m", "bench", *arguments, "--out", str(out), "--commit", commit]
+        if sys.version_info < (3, 11):
+            command.remove("-P")  # the working directory is a folder without packages anyway
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(search)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if done.returncode != 0:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ValueError(f"--rev {revision!r}: its run ended with code {done.returncode}: {last}")
+        return files.read(out)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Consoles and progress: colour and a bar on a terminal, plain lines elsewhere and under NO_COLOR."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from . import measure
+
+PLAIN_WIDTH = 180  # of text where there is no terminal
+
+
+def make_console(file: TextIO | None = None, *, stderr: bool = False) -> Console:
+    """A console for a stream: no escape codes at all unless it is a terminal and NO_COLOR is unset."""
+    stream = file or (sys.stderr if stderr else sys.stdout)
+    plain = bool(os.environ.get("NO_COLOR")) or not stream.isatty()
+    width = None if stream.isatty() else int(os.environ.get("COLUMNS") or PLAIN_WIDTH)
+    options: dict[str, Any] = {"color_system": None, "no_color": True} if plain else {}
+    return Console(file=stream, width=width, highlight=False, soft_wrap=False, legacy_windows=False, **options)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[measure.Progress]:
+    """Tell of progress on stderr: a bar on a terminal, else one line whenever what is done changes."""
+    console = make_console(stderr=True)
+    if not console.is_terminal:
+        last = [""]
+
+        def line(what: str, done: int, total: int) -> None:
+            if what != last[0]:
+                last[0] = what
+                print(what, file=sys.stderr, flush=True)
+
+        yield line
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("inputs", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+def put(console: Console, parts: Sequence[Table | Text]) -> None:
+    """Print tables and lines, without the spaces that fill up lines.
+
+    A table is as wide as it needs to be whatever the terminal's width: figures cut to "med…" are none, while a line
+    that the terminal wraps can still be read, and copied.
+    """
+    width = console.width
+    for part in parts:
+        is_text = isinstance(part, Text)
+        if not is_text:
+            unbounded = console.options.update(width=10_000)
+            console.width = max(1, Measurement.get(console, unbounded, part).maximum)
+        with console.capture() as capture:
+            console.print(part, soft_wrap=is_text)
+        console.width = width
+        lines = capture.get().split("\n")
+        console.file.write("\n".join(line.rstrip() for line in lines))
+
+
+def fail(message: str) -> None:
+    """One line on stderr."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole layers: projections, conv, gates, norm and the mixer between them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from m2rnn_compile.layers import M2RNN, Attention
+
+from ..problem import Leaves, Problem
+from .inputs import normal
+from .registry import Context
+
+GATE_STEPS = 256
+HEAD_DIM = 64
+
+
+def layer_problem(context: Context, module: nn.Module, eager: nn.Module, family: str, compiled: bool) -> Problem:
+    """`module` on random inputs, judged by `eager`, which has the same parameters and runs plain loops."""
+    shape = context.shape
+    x = normal(context, shape.B, shape.T, shape.width, salt=1)
+    dy = normal(context, shape.B, shape.T, shape.width, salt=2).detach()
+    parameters = dict(module.named_parameters())
+    run: Callable[..., Any] = torch.compile(module, fullgraph=True, dynamic=False) if compiled else module
+    double = copy.deepcopy(eager).double()
+
+    def call(given: Leaves) -> tuple[Tensor, ...]:
+        return (run(given["x"]),)
+
+    def eager_call(given: Leaves, steps: int | None) -> tuple[Tensor, ...]:
+        target = double if given["x"].dtype == torch.float64 else eager
+        weights = {name: p for name, p in given.items() if name != "x"}
+        return (functional_call(target, weights, (given["x"],)),)
+
+    return Problem(
+        operator=f"layer {family}, width {shape.width}",
+        leaves={"x": x, **parameters},
+        call=call,
+        naive=eager_call,
+        yardstick=eager_call,
+        family=f"layer {family}",
+        dy=dy,
+        timed=frozenset(("x",)),
+        steps=shape.T,
+        gate_steps=min(shape.T, GATE_STEPS),
+        tokens=shape.B * shape.T,
+    )
+
+
+def _seeded(context: Context, make: Callable[..., nn.Module], **options: Any) -> nn.Module:
+    with torch.random.fork_rng(devices=[context.device] if context.device.type == "cuda" else []):
+        torch.manual_seed(context.seed)
+        return make(**options, device=context.device, dtype=context.dtype)
+
+
+def m2rnn_layer(context: Context, impl: str, *, compiled: bool) -> Problem:
+    """`layers.M2RNN`. Heads of q, k, v, f and W as in the shape."""
+    s = context.shape
+    sizes: dict[str, Any] = dict(num_heads=s.N, key_dim=s.K, value_dim=s.V, num_q_heads=s.Nq, num_k_heads=s.Nk)
+    sizes |= dict(num_v_heads=s.Nv, num_f_heads=s.Nf, num_w_heads=s.Nw, state_grad_clip=context.clip)
+    sizes |= dict(hidden_size=s.width)
+    module = _seeded(context, M2RNN, **sizes, impl=impl)
+    eager = _seeded(context, M2RNN, **sizes, impl="eager")
+    return layer_problem(context, module, eager, "M²RNN", compiled)
+
+
+def attention_layer(context: Context) -> Problem:
+    """`layers.Attention`, heads of 64, no positions; judged by its own fp64 run (SDPA's plain form)."""
+    width = context.shape.width
+    options = dict(hidden_size=width, num_heads=width // HEAD_DIM)
+    module, eager = _seeded(context, Attention, **options), _seeded(context, Attention, **options)
+    return layer_problem(context, module, eager, "softmax attention", False)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a provider is. A new one joins by one entry in bench/providers/__init__.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..problem import Problem
+from ..shapes import Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a problem is built from. `shared` is a scratch place for inputs that providers of one family share."""
+
+    kernel: str
+    shape: Shape
+    dtype: torch.dtype
+    device: torch.device
+    seed: int = 0
+    clip: float | None = 1.0
+    layers: int | None = None
+    pattern: str | None = None
+    shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    def once(self, key: str, make: Callable[[], Any]) -> Any:
+        """Make something once for all providers of this context."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
+
+    def generator(self) -> torch.Generator:
+        """Seeded, on the device: drawing gigabytes on the CPU takes longer than timing what they are drawn for."""
+        return torch.Generator(self.device).manual_seed(self.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Provider:
+    """Someone who computes something.
+
+    Attributes:
+        name: on the command line.
+        about: one line for `info`.
+        default_on: device types where it runs unless providers are named.
+        why_not: why it cannot run on a device in this environment, or None. Must not compile anything.
+        build: kernel → function that makes the problem; raises ValueError for a shape that it cannot do.
+        kept: bytes that live from forward to backward beyond the results, estimated without running (kernel op).
+    """
+
+    name: str
+    about: str
+    default_on: tuple[str, ...]
+    why_not: Callable[[torch.device], str | None]
+    build: Mapping[str, Callable[[Context], Problem]]
+    kept: Callable[[Shape, int], int]
+
+
+def choose(
+    known: Sequence[Provider], names: Sequence[str] | None, kernel: str, device: torch.device
+) -> tuple[list[Provider], dict[str, str]]:
+    """(providers to run, reasons of those that are missing). None takes the defaults of the device, ["all"] all.
+
+    Raises:
+        ValueError: a name that is unknown or cannot run here; the message lists all of them, with reasons.
+    """
+    reasons: dict[str, str | None] = {}
+    for provider in known:
+        if kernel not in provider.build:
+            reasons[provider.name] = f"has no {kernel}; it has {', '.join(provider.build)}"
+        else:
+            reasons[provider.name] = provider.why_not(device)
+    offered = [provider for provider in known if kernel in provider.build]
+    if names is None or list(names) == ["all"]:
+        wanted = [p for p in offered if names is not None or device.type in p.default_on]
+        chosen = [p for p in wanted if reasons[p.name] is None]
+        if chosen:
+            return chosen, {p.name: str(reasons[p.name]) for p in wanted if reasons[p.name] is not None}
+        bad: list[str] = []
+    else:
+        bad = [name for name in names if reasons.get(name, "unknown") is not None]
+        if not bad:
+            order = {provider.name: provider for provider in known}
+            return [order[name] for name in dict.fromkeys(names)], {}
+    lines = [f"{name}: {reason or 'available'}" for name, reason in reasons.items()]
+    unknown = [name for name in bad if name not in reasons]
+    what = f"unknown provider {', '.join(unknown)}" if unknown else f"{', '.join(bad) or 'nothing'} cannot run here"
+    raise ValueError(f"--provider: {what}; for {kernel} on {device.type}: " + " | ".join(lines))

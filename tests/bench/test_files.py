@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows survive their files; bad files are refused in one line; files of the first schema can still be read."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from bench import files, record, rows
+from bench.rows import Row
+
+ROW = Row(
+    kernel="op",
+    provider="cpp",
+    mode="forward",
+    dtype="float32",
+    B=1,
+    T=2,
+    N=3,
+    K=4,
+    V=5,
+    shape='tiny, with a | and a "quote"',
+    median_ms=1.5,
+    p20_ms=1.0,
+    p80_ms=2.0,
+    runs=3,
+    config={"clip": None, "Nq": 1},
+    samples_ms=(1.0, 1.5, 2.0),
+    date="2026-01-01",
+)
+OOM = dataclasses.replace(ROW, mode="backward", status="oom", note="out of memory, M²", median_ms=None, samples_ms=())
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_rows_survive_a_file(suffix, tmp_path):
+    path = tmp_path / "deep" / f"rows{suffix}"
+    with files.Writer([path]) as writer:
+        writer.append(ROW)
+        writer.append(OOM)
+    assert files.read(path) == [ROW, OOM]
+
+
+def test_markdown_has_one_line_a_row_and_no_stray_columns(tmp_path):
+    path = tmp_path / "rows.md"
+    with files.Writer([path]) as writer:
+        writer.append(ROW)
+        writer.append(dataclasses.replace(ROW, note="a | b"))
+    lines = path.read_text().splitlines()
+    assert len(lines) == 4
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+
+
+def test_a_row_is_in_the_file_as_soon_as_it_is_appended(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    writer = files.Writer([path])
+    writer.append(ROW)
+    assert files.read(path) == [ROW]
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl", "", "the file is empty"),
+        ("a.csv", "", "the file is empty"),
+        ("a.csv", "kernel,provider\n", "holds no rows"),
+        ("a.jsonl", "{", "line 1 is not JSON"),
+        ("a.jsonl", "[1]", "row 1: expected a mapping"),
+        ("a.jsonl", "{}", "row 1: no column kernel, provider"),
+        ("a.jsonl", json.dumps(ROW.to_dict() | {"surprise": 1}), "unknown surprise"),
+        ("a.jsonl", json.dumps(ROW.to_dict() | {"T": "many"}), "T is 'many'"),
+        ("a.jsonl", json.dumps(ROW.to_dict() | {"median_ms": "fast"}), "median_ms is 'fast'"),
+        ("a.jsonl", json.dumps(ROW.to_dict() | {"median_ms": None}), "status ok has no median_ms"),
+        ("a.jsonl", json.dumps(ROW.to_dict() | {"status": "great"}), "status is 'great'"),
+        ("a.csv", files.to_csv(ROW) + "\n" + files.to_csv(ROW), "no column kernel"),
+        ("a.csv", ",".join(rows.COLUMNS) + "\nop,cpp\n", "another number of columns"),
+        ("a.txt", "hello", "rows are read from"),
+        ("a.json", "{", "not a JSON file"),
+        ("a.json", "[]", "not a benchmark record"),
+        ("a.json", '{"kind": "op", "rows": [], "schema": 0}', "schema 0"),
+        ("a.json", '{"kind": "op", "rows": [{}], "schema": 1}', "a row that cannot be read"),
+        ("a.json", '{"kind": "test-gpu", "rows": [], "schema": 1}', "python -m bench show"),
+        ("missing.jsonl", None, "cannot be read"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line_that_names_it(name, content, message, tmp_path):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        files.read(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_binary_rubbish_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="not a file of benchmark rows"):
+        files.read(path)
+
+
+def test_unwritable_files_are_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match=r"must end in .jsonl, .csv, .md"):
+        files.Writer([tmp_path / "rows.xlsx"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        files.Writer([tmp_path / "file" / "rows.jsonl"])
+
+
+def test_committed_files_can_all_be_read():
+    found = sorted([*record.RESULTS.glob("*.json"), *record.RESULTS.glob("*.jsonl")])
+    assert found
+    for path in found:
+        if path.suffix == ".json" and record.load(path)["kind"] == "test-gpu":
+            continue
+        assert files.read(path)
+
+
+def test_the_first_schema_becomes_rows():
+    path = record.RESULTS / "op-h200-20261124.json"
+    old = record.load(path)["rows"][0]
+    row = files.read(path)[0]
+    assert (row.kernel, row.provider, row.mode, row.dtype) == ("op", "triton", "forward", "bfloat16")
+    assert row.sizes == (8, 4096, 84, 64, 16)
+    assert row.median_ms == old["median_ms"]
+    assert min(old["samples_ms"]) <= row.p20_ms <= row.median_ms <= row.p80_ms <= max(old["samples_ms"])
+    assert row.device == "NVIDIA H200"
+    assert row.git.startswith("98d7d3e")
+    (check, *_) = files.read(record.RESULTS / "check-h200-20261124.json")
+    assert (check.mode, check.status) == ("check", "ok")
+    assert check.config["tensors"]["y"]["ok"]

@@ -10,7 +10,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .ops import ImplChoice, M2RNNOutput, M2RNNStepOutput, explain_impl, m2rnn, m2rnn_decode_step, m2rnn_fused, m2rnn_step
+from .ops import (
+    ImplChoice,
+    M2RNNOutput,
+    M2RNNStepOutput,
+    explain_impl,
+    m2rnn,
+    m2rnn_decode_step,
+    m2rnn_fused,
+    m2rnn_step,
+)
 
 if TYPE_CHECKING:
     from .layers import M2RNN

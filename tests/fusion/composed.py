@@ -27,7 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gelu tanh": dict(g=True, activation="gelu_tanh"),
     "norm only": dict(norm="head"),
     "nothing": dict(),
-    "packed": dict(forget="decay", D=True, g=True, norm="all", seqlens=[4, 0, 8], B=1),
+    "packed": dict(forget="decay", D=True, g=True, norm="all", seqlens=[40, 0, 56], B=1, T=96),
 }
 
 

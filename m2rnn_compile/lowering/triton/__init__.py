@@ -21,6 +21,7 @@ from .reduce import reduce_kernel
 INTERPRETED = triton.knobs.runtime.interpret
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 MAX_V = 128
+FUSED = "m2rnn_compile.lowering.triton.fused"  # where the kernels of the fused scan's tail are, see ops/fused.py
 # Backward's partials of one window of time; small enough to stay in a 50 MB L2, large enough for few launches.
 WINDOW_BYTES = 128 * 2**20
 # Steps between two states that the Gluon forward keeps: 16-bit, so two of them fill one fp32 checkpoint of the op.
@@ -76,8 +77,12 @@ def scan(
     config: LaunchConfig | None = None,
     hardware_tanh: bool | None = None,
     gluon: bool | None = None,
+    add_partials: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, final state, checkpoints); see docs/design.md. The keyword arguments are for tuning and tests."""
+    """(y, final state, checkpoints); see docs/design.md. The keyword arguments are for tuning and tests.
+
+    With `add_partials=False` y comes as partial sums over blocks of rows, [blocks, B, T, N, V]: `fused.py` adds them.
+    """
     B, T, _, K = q.shape
     V = v.shape[3]
     N = max(q.shape[2], k.shape[2], v.shape[2], f.shape[2], W.shape[0])
@@ -87,12 +92,12 @@ def scan(
     config = config or forward_config(S * N, K, BV, _multiprocessors(q.device))
     blocks = triton.cdiv(K, config.rows)
 
-    y = v.new_empty(B, T, N, V)
+    y = v.new_empty(B, T, N, V) if add_partials or blocks == 1 or S * N == 0 else v.new_empty(0)
     final = v.new_empty(S, N, K, V, dtype=torch.float32)
     checkpoints = new_checkpoints(v, N, K, S, chunk, packed)
     NC = checkpoints.shape[1]
     if S * N == 0:
-        return y, final, checkpoints
+        return y if add_partials else y[None], final, checkpoints
     h0 = None if initial_state is None else initial_state.to(torch.float32).contiguous()
     W = W.contiguous()
     numerics = _numerics(v, hardware_tanh)
@@ -120,6 +125,8 @@ def scan(
             scan_forward_kernel[(S * N, blocks)](
                 *arguments, **constants, C=max(chunk, 1), **numerics, num_warps=config.warps
             )
+        if not add_partials:
+            return y_part if blocks > 1 else y[None], final, checkpoints
         if blocks > 1:
             _reduce(y_part, y, 1, blocks, T, 0)
     return y, final, checkpoints

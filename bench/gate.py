@@ -108,7 +108,7 @@ class Judge:
         for row in compare(short, self.truth, self.eager):
             if self._negligible(row, short):
                 continue
-            allowed = row.allowed * problem.slack
+            allowed = max(row.allowed * problem.slack, problem.tolerated)
             ratio = row.error / row.allowed if row.allowed > 0 else (0.0 if row.error == 0 else math.inf)
             worst = ratio if not ratio <= worst else worst  # NaN wins
             if not row.error <= allowed < math.inf:
@@ -120,5 +120,5 @@ class Judge:
             f"{name} errs {'without bound' if r == math.inf else f'{r:.1f}x what is allowed'}"
             for name, r in wrong.items()
         )
-        slack = "" if problem.slack == 1 else f", peer: {problem.slack:g} x the tolerance"
+        slack = "" if problem.slack == 1 else f", peer: {problem.slack:g} x the tolerance or {problem.tolerated:.2g}"
         return Verdict(not wrong, forward, worst, self.against + slack, failing)

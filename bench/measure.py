@@ -183,6 +183,11 @@ class _Group:
             return {}
         return {"gate": verdict.against, "error_ratio": verdict.ratio if math.isfinite(verdict.ratio) else None}
 
+    def config_of(self, name: str) -> dict[str, Any]:
+        """What was chosen, and the version of the package of a peer."""
+        version = next(provider.version for provider in self.chosen if provider.name == name)
+        return {**self.common["config"], **({"version": version()} if version else {})}
+
     def timed_row(self, name: str, mode: str, timing: Timing, peak: int | None, kept: int | None) -> Row:
         problem = self.problems[name]
         seconds = timing.median_ms * 1e-3
@@ -194,7 +199,7 @@ class _Group:
             parts = floors.work_of_mode(problem.work, mode)
             flops, moved = sum(part.flops for part in parts), sum(part.bytes for part in parts)
         return Row(
-            **self.common,
+            **{**self.common, "config": self.config_of(name)},
             provider=name,
             mode=mode,
             operator=problem.operator,

@@ -34,6 +34,7 @@ class Problem:
         yardstick_steps: measure the yardstick on so many steps only, because all would take too long.
         family: problems of one family share inputs and truth.
         slack: how often the tolerance a *peer* may err; what we ship gets 1.
+        tolerated: relative error that a *peer* may have whatever the tolerance is; what we ship gets 0.
         work: lower bounds of work by pass, empty if unknown.
         tokens: per call, for tokens/s.
         modes: others than the four of `differentiate`.
@@ -54,6 +55,7 @@ class Problem:
     gate_steps: int | None = None
     yardstick_steps: int | None = None
     slack: float = 1.0
+    tolerated: float = 0.0
     work: dict[str, Work] = dataclasses.field(default_factory=dict)
     tokens: int = 0
     modes: dict[str, Variant] = dataclasses.field(default_factory=dict)

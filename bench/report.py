@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from .files import markdown_line
 from .rows import Row
-from .tables import headline, mebibytes, milliseconds, reference_of, shape_of, thousands
+from .tables import headline, mebibytes, milliseconds, reference_of, shape_of, thousands, what_it_computes
 
 _HEADER = (
     ("provider", "ms (p20 to p80)", "vs", "peak MiB", "kept MiB", "tokens/s", "TFLOP/s", "GB/s", "of floor", "error")
@@ -56,8 +56,8 @@ def markdown(rows: Sequence[Row], against: str | None = None) -> str:
             header = [f"vs {reference}" if name == "vs" and reference else name for name in _HEADER]
             lines += [f"{mode}:", "", markdown_line(header), "|---" * len(_HEADER) + "|"]
             lines += [*(_line(row, base) for row in group), ""]
-        others = {row.provider: row.operator for row in everything if row.operator != "M²RNN" and row.status == "ok"}
-        lines += [f"- {provider} computes {operator}" for provider, operator in others.items()] + [""] * bool(others)
+        notes = dict.fromkeys(filter(None, (what_it_computes(row) for row in everything if row.status == "ok")))
+        lines += [f"- {note}" for note in notes] + [""] * bool(notes)
     absent = {row.provider: row.note for row in latest.values() if row.status == "missing"}
     if absent:
         lines += ["## Missing", "", *(f"- {provider}: {note}" for provider, note in absent.items()), ""]

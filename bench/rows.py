@@ -26,7 +26,7 @@ class Row:
             backward, results included.
         floor_ms, floor_bound, of_floor: lower bound by bench/floors.py, what sets it, bound / median.
         gate: what the correctness gate compared with.  error_ratio: worst error / error the tolerance rule allows.
-        config: everything else that was chosen (clip, head counts, seed, threads, ...).
+        config: everything else that was chosen (clip, head counts, seed, threads, version of a peer's package, ...).
     """
 
     kernel: str

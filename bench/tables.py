@@ -111,6 +111,14 @@ def _cells(row: Row, base: float | None) -> list[Any]:
     ]
 
 
+def what_it_computes(row: Row) -> str:
+    """For the note below a table: the operator of a peer and its version; empty for M²RNN by this library."""
+    version = row.config.get("version")
+    if row.operator == "M²RNN" and not version:
+        return ""
+    return f"{row.provider}{f' ({version})' if version else ''} computes {row.operator}"
+
+
 def _notes(rows: Sequence[Row]) -> list[Table | Text]:
     lines: dict[str, None] = {}
     for row in rows:
@@ -118,15 +126,16 @@ def _notes(rows: Sequence[Row]) -> list[Table | Text]:
             lines[f"missing {row.provider}: {row.note}"] = None
         elif row.status != "ok":
             lines[f"{row.provider} {row.mode}: {row.note}"] = None
-        elif row.operator != "M²RNN":
-            lines[f"{row.provider} computes {row.operator}"] = None
+        elif what := what_it_computes(row):
+            lines[what] = None
     return [Text("\n".join(lines), style="dim")] if lines else []
 
 
 LEGEND = (
-    "compile s: first call less a warm one; peak, kept: beyond the inputs, kept = results and what backward needs\n"
+    "compile s: first call less a warm one; what a cache on disk holds is not compiled again\n"
+    "peak, kept: beyond the inputs; kept is the results and what backward needs\n"
     "of floor: lower bound of the hardware / median, and what sets it\n"
-    "error: worst error / error the tolerance allows (peers may err 4x)"
+    "error: worst error / error the tolerance allows (peers may err 4x, or 8 roundings of the dtype)"
 )
 
 

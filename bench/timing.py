@@ -67,11 +67,11 @@ class CudaClock:
     """For GPUs: the time between two events on the stream, with a cold L2.
 
     First a buffer of four times the L2 cache is written, so that no call finds its inputs there. Then the stream is
-    kept busy for about half a millisecond, so that the launches are queued before the first event fires: in training
+    kept busy for about two milliseconds, so that the launches are queued before the first event fires: in training
     the queue runs ahead too, and the time of a launch from Python is not the kernel's.
     """
 
-    HEAD_START_CYCLES = 1_000_000
+    HEAD_START_CYCLES = 4_000_000
 
     def __init__(self, device: torch.device) -> None:
         l2 = int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 50 << 20))

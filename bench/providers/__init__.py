@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from .attention import SDPA
 from .gated_delta import GATED_DELTA_NET
-from .gated_rnn import FLASH_RNN, GRU, LSTM
+from .gated_rnn import FLASH_RNN, FLASH_RNN_CUDA, GRU, LSTM
 from .mamba import MAMBA2
 from .ours import compiled, implementation
 from .registry import Context, Provider, choose
@@ -23,6 +23,7 @@ PROVIDERS: list[Provider] = [
     GATED_DELTA_NET,
     MAMBA2,
     FLASH_RNN,
+    FLASH_RNN_CUDA,
     LSTM,
     GRU,
     SDPA,

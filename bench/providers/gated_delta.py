@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..floors import Work
 from ..problem import Leaves, Problem
 from ..shapes import Shape
 from .inputs import normal
-from .peers import moved, peer_problem, results_only, step_problem, why_not_importable
+from .peers import moved, peer_problem, results_only, step_problem, version_of, why_not_importable
 from .registry import Context, Provider
 
 MODULE = "fla.ops.gated_delta_rule"
@@ -122,4 +123,5 @@ GATED_DELTA_NET = Provider(
     why_not=_why_not,
     build={"op": _build, "step": _build_step},
     kept=results_only,
+    version=functools.partial(version_of, "fla"),
 )

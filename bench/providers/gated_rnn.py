@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
+import shutil
 import warnings
 from typing import Any
 
@@ -115,11 +117,11 @@ def _flash_naive(given: Leaves) -> tuple[Tensor, ...]:
     return (torch.stack(outputs, 1),)
 
 
-def _build_flash(context: Context) -> Problem:
+def _build_flash(backend: str, context: Context) -> Problem:
     s = context.shape
     N, D = max(1, s.width // HEAD_DIM), HEAD_DIM
     if context.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"FlashRNN's fused kernel takes bf16 or fp16, not {context.dtype_name}")
+        raise ValueError(f"FlashRNN's fused kernels take bf16 or fp16, not {context.dtype_name}")
     function: Any = importlib.import_module("flashrnn").flashrnn
     leaves = {
         "Wx": normal(context, s.B, s.T, 4, N, D, salt=1),
@@ -129,7 +131,7 @@ def _build_flash(context: Context) -> Problem:
 
     def call(given: Leaves) -> tuple[Tensor, ...]:
         states, _ = function(
-            given["Wx"], given["R"], given["b"], function="lstm", backend="triton_fused", dtype=context.dtype_name
+            given["Wx"], given["R"], given["b"], function="lstm", backend=backend, dtype=context.dtype_name
         )
         return (states[0],)
 
@@ -144,15 +146,20 @@ def _build_flash(context: Context) -> Problem:
     return peer_problem(context, operator, leaves, call, _flash_naive, (s.B, s.T, N, D), ("Wx",), work)
 
 
-def _why_not_flash(device: torch.device) -> str | None:
+def _why_not_flash(module: str, device: torch.device) -> str | None:
     if device.type != "cuda":
         return "its kernels run on CUDA tensors only"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         advice = "PYTHONPATH with a checkout of NX-AI/flashrnn (its Triton backend needs einops)"
-        return why_not_importable("flashrnn", advice) or why_not_importable(
-            "flashrnn.flashrnn.triton_fused.fwbw", advice
-        )
+        return why_not_importable("flashrnn", advice) or why_not_importable(module, advice)
+
+
+def _why_not_flash_cuda(device: torch.device) -> str | None:
+    reason = _why_not_flash("flashrnn.flashrnn.cuda_init", device)
+    if reason is None and shutil.which("nvcc") is None and not os.environ.get("CUDA_HOME"):
+        return "it is compiled at first use, and there is no nvcc"
+    return reason
 
 
 def _torch_rnn(kind: str) -> Provider:
@@ -171,7 +178,15 @@ FLASH_RNN = Provider(
     name="flashrnn",
     about="FlashRNN's LSTM (Triton)",
     default_on=("cuda",),
-    why_not=_why_not_flash,
-    build={"op": _build_flash},
+    why_not=functools.partial(_why_not_flash, "flashrnn.flashrnn.triton_fused.fwbw"),
+    build={"op": functools.partial(_build_flash, "triton_fused")},
+    kept=results_only,
+)
+FLASH_RNN_CUDA = Provider(
+    name="flashrnn-cuda",
+    about="FlashRNN's LSTM (CUDA, compiled for each shape)",
+    default_on=(),
+    why_not=_why_not_flash_cuda,
+    build={"op": functools.partial(_build_flash, "cuda_fused")},
     kept=results_only,
 )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..floors import Work
 from ..problem import Leaves, Problem
 from .inputs import normal
-from .peers import moved, peer_problem, results_only, why_not_importable
+from .peers import moved, peer_problem, results_only, version_of, why_not_importable
 from .registry import Context, Provider
 
 MODULE = "mamba_ssm.ops.triton.ssd_combined"
@@ -70,4 +71,5 @@ MAMBA2 = Provider(
     why_not=_why_not,
     build={"op": _build},
     kept=results_only,
+    version=functools.partial(version_of, "mamba_ssm"),
 )

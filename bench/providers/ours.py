@@ -36,7 +36,9 @@ def oracle_impl(shape: Shape) -> str:
     return "reference" if 6 * 8 * state_elements(shape) <= GRAPH_BYTES else "eager"
 
 
-def scan_problem(context: Context, call: Callable[..., Tensor], *, slack: float = 1.0) -> Problem:
+def scan_problem(
+    context: Context, call: Callable[..., Tensor], *, slack: float = 1.0, tolerated: float = 0.0
+) -> Problem:
     """The scan, computed by `call(q, k, v, f, W, state_grad_clip=...)`, which returns y."""
     leaves = scan_inputs(context)
     dy, clip, shape = leaves.pop("dy"), context.clip, context.shape
@@ -63,12 +65,15 @@ def scan_problem(context: Context, call: Callable[..., Tensor], *, slack: float 
         gate_steps=shape.T,
         yardstick_steps=ORACLE_STEPS // 4 if long else None,
         slack=slack,
+        tolerated=tolerated,
         work=scan_work(shape, context.dtype_name),
         tokens=shape.B * shape.T,
     )
 
 
-def step_problem(context: Context, call: Callable[..., tuple[Tensor, Tensor]], *, slack: float = 1.0) -> Problem:
+def step_problem(
+    context: Context, call: Callable[..., tuple[Tensor, Tensor]], *, slack: float = 1.0, tolerated: float = 0.0
+) -> Problem:
     """One decoding step, computed by `call(q, k, v, f, W, initial_state=...)`, which returns (y, state)."""
 
     def make() -> dict[str, Tensor]:
@@ -99,6 +104,7 @@ def step_problem(context: Context, call: Callable[..., tuple[Tensor, Tensor]], *
         family="step",
         outputs=("y", "final_state"),
         slack=slack,
+        tolerated=tolerated,
         work=step_work(context.shape, context.dtype_name),
         tokens=context.shape.B,
     )

@@ -17,10 +17,16 @@ from ..shapes import Shape
 from .inputs import normal
 from .registry import Context
 
-# A peer chooses its own precision (bf16 states, approximate exponentials). The gate is there to catch a wrong call,
-# whose error is of order one; the row shows how the error compares with our own tolerance.
+# A peer chooses its own precision (states in bf16, approximate exponentials). The gate is there to catch a wrong call,
+# whose error is of order one; the row shows how the error compares with the tolerance for what we ship.
 SLACK = 4.0
+TOLERATED_ROUNDINGS = 8  # 6 % in bf16
 GATE_STEPS = 192
+
+
+def tolerated(context: Context) -> float:
+    """Relative error that a peer may have in any case."""
+    return TOLERATED_ROUNDINGS * torch.finfo(context.dtype).eps
 
 
 def why_not_importable(module: str, advice: str) -> str | None:
@@ -31,6 +37,12 @@ def why_not_importable(module: str, advice: str) -> str | None:
         first_line = (str(e).splitlines() or [""])[0]
         return f"import of {module} failed with {type(e).__name__}: {first_line}; {advice}"
     return None
+
+
+def version_of(package: str) -> str:
+    """What a package says its version is."""
+    found = getattr(importlib.import_module(package), "__version__", None)
+    return f"{package} {found or 'of unknown version'}"
 
 
 def in_fp32(naive: Callable[..., tuple[Tensor, ...]]) -> Callable[[Leaves, int | None], tuple[Tensor, ...]]:
@@ -69,6 +81,7 @@ def peer_problem(
         steps=shape.T,
         gate_steps=min(shape.T, GATE_STEPS),
         slack=SLACK,
+        tolerated=tolerated(context),
         work=work,
         tokens=shape.B * shape.T,
     )
@@ -86,6 +99,7 @@ def step_problem(
         yardstick=in_fp32(naive),
         family=operator,
         slack=SLACK,
+        tolerated=tolerated(context),
         work=work,
         tokens=context.shape.B,
     )

@@ -57,6 +57,7 @@ class Provider:
         why_not: why it cannot run on a device in this environment, or None. Must not compile anything.
         build: kernel → function that makes the problem; raises ValueError for a shape that it cannot do.
         kept: bytes that live from forward to backward beyond the results, estimated without running (kernel op).
+        version: of the package it comes from, where that is neither this one nor torch.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Provider:
     why_not: Callable[[torch.device], str | None]
     build: Mapping[str, Callable[[Context], Problem]]
     kept: Callable[[Shape, int], int]
+    version: Callable[[], str] | None = None
 
 
 def choose(

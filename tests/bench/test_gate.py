@@ -98,6 +98,16 @@ def test_a_peer_may_err_more_but_not_without_bound():
     assert not judge(dataclasses.replace(ours.scan_problem(context(), FAULTS["one step is off"]), slack=1000.0)).ok
 
 
+def test_a_peer_may_err_a_few_roundings_whatever_the_tolerance():
+    problem = ours.scan_problem(context(), lambda **given: eager(**given) * 1.001)
+    judge = Judge(problem)
+    assert not judge(problem).ok
+    verdict = judge(dataclasses.replace(problem, slack=4.0, tolerated=0.01))
+    assert verdict.ok
+    assert verdict.ratio > 4  # the row still shows it
+    assert not judge(dataclasses.replace(problem, slack=4.0, tolerated=1e-4)).ok
+
+
 def test_a_gate_on_the_first_steps_sees_faults_there_and_what_leaks_from_later_steps():
     short = lambda call: dataclasses.replace(ours.scan_problem(context(), call), gate_steps=8)
     judge = Judge(short(eager))

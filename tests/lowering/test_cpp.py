@@ -55,7 +55,7 @@ def test_bits_depend_neither_on_repeats_nor_on_threads() -> None:
     x = make_inputs(3, 130, 6, 32, 16, Nq=2, seed=1, initial_state=True, state_grad_clip=1.0)
     first, threads = run(x, impl="cpp"), torch.get_num_threads()
     try:
-        for n in (1, 2, 3) * 5:
+        for n in (1, 2, 3, 4, 5) * 10:
             torch.set_num_threads(n)
             again = run(x, impl="cpp")
             assert all(torch.equal(first[name], again[name]) for name in first)

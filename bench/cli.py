@@ -33,7 +33,7 @@ from . import (
 from .parser import build_parser
 from .providers import add_checkout
 from .rows import Row
-from .shapes import CHECK_SHAPES, GPU_PRESETS, PRESETS
+from .shapes import CHECK_SHAPES, GPU_PRESETS, PRESETS, Shape
 
 OK, FAILED, BAD_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
 DEFAULT_MODES = {
@@ -69,11 +69,17 @@ def _prepare(args: argparse.Namespace) -> torch.device:
     return device
 
 
+def _is_about_a_gpu(args: argparse.Namespace, shapes: Sequence[Shape], device: torch.device) -> bool:
+    return device.type == "cuda" or (args.device is None and any(shape.name in GPU_PRESETS for shape in shapes))
+
+
 def _plan(args: argparse.Namespace, device: torch.device) -> measure.Plan:
     on_gpu = device.type == "cuda"
     default = [PRESETS["A" if on_gpu else "cpu"]]
     shapes = arguments.shapes(args.preset, args.shape, args.T, default)
-    if not args.dry_run:
+    if args.dry_run:  # of a preset for GPUs, wherever it is asked for
+        on_gpu = _is_about_a_gpu(args, shapes, device)
+    else:
         arguments.refuse_gpu_presets_on_cpu(shapes, device, args.device)
     if args.runs < 1 or args.min_runs < 1 or not args.budget > 0:
         raise ValueError("--runs and --min-runs must be at least 1, --budget above 0")
@@ -133,8 +139,7 @@ def _measure(args: argparse.Namespace) -> int:
         raise ValueError(f"--fail-above must be above 0, got {args.fail_above}")
     baseline = files.read(args.baseline) if args.baseline else None
     if args.dry_run:
-        gpu = device.type == "cuda" or (args.device is None and any(s.name in GPU_PRESETS for s in plan.shapes))
-        _print(predict.parts_of(plan, "cuda" if gpu else "cpu"))
+        _print(predict.parts_of(plan, "cuda" if _is_about_a_gpu(args, plan.shapes, device) else "cpu"))
         return OK
     args.out = args.out or [_default_path(args.command, device)]
     with output.progress() as on_run:

@@ -161,12 +161,13 @@ def floor_of(work: Work, dtype: str, device: Device) -> Floor:
 
 
 def work_of_mode(work: dict[str, Work], mode: str) -> list[Work]:
-    """The passes that a mode runs one after the other, from what "forward" and "backward" have to do."""
-    if mode in ("inference", "forward"):
+    """The passes that a mode runs one after the other, from what "forward", "backward" and others have to do."""
+    if mode in work:
+        return [work[mode]]
+    if mode == "inference":
         return [work["forward"]]
-    if mode == "backward":
-        return [work["backward"]]
-    return [work["forward"], work["backward"]]
+    passes = ("forward", "backward", "optimizer") if mode == "train" else ("forward", "backward")
+    return [work[name] for name in passes]
 
 
 def floor_of_mode(work: dict[str, Work], dtype: str, mode: str, device: Device | None) -> tuple[float, str] | None:
@@ -196,3 +197,24 @@ def step_work(shape: Shape, dtype: str) -> dict[str, Work]:
     token = (shape.Nq + shape.Nk) * shape.K + (shape.Nv + shape.N) * shape.V
     moved = 2 * 4 * states + shape.B * (token * itemsize + 4 * shape.Nf) + shape.Nw * shape.V**2 * itemsize
     return {"forward": Work(states, 2 * states * (shape.V + 3), moved, 1)}
+
+
+def attention_work(shape: Shape, heads: int, dim: int, dtype: str) -> dict[str, Work]:
+    """Causal softmax attention over the shape's tokens: scores below the diagonal; no chain over time."""
+    elements = shape.B * shape.T * heads * dim
+    half = shape.B * heads * shape.T * (shape.T + 1) / 2
+    itemsize = BYTES[dtype]
+    return {
+        "forward": Work(half, 4 * half * dim, itemsize * 4 * elements, 1),
+        "backward": Work(half, 10 * half * dim, itemsize * 7 * elements, 1),
+    }
+
+
+def layer_work(mixer: dict[str, Work], tokens: int, width: int, weights: int, dtype: str) -> dict[str, Work]:
+    """A mixer between projections of so many weights: only x, y and the weights need to be in memory."""
+    x, itemsize = tokens * width, BYTES[dtype]
+    dense = {
+        "forward": Work(0, 2.0 * tokens * weights, itemsize * (2 * x + weights), 0),
+        "backward": Work(0, 4.0 * tokens * weights, itemsize * (3 * x + 2 * weights), 0),
+    }
+    return {name: dense[name] + dataclasses.replace(mixer[name], bytes=0) for name in dense}

@@ -26,7 +26,8 @@ def peak_bytes(provider: Provider, shape: Shape, itemsize: int) -> tuple[int, in
     """(forward, forward+backward) of the op beyond its inputs: result, what is kept, gradients of the inputs."""
     result = shape.B * shape.T * shape.N * shape.V * itemsize
     forward = result + provider.kept(shape, itemsize)
-    return forward, forward + input_bytes(shape, itemsize)
+    dy = result
+    return forward, forward + input_bytes(shape, itemsize) - dy
 
 
 def _total_memory(device: torch.device) -> int | None:
@@ -58,7 +59,7 @@ def parts_of(plan: Plan, device_type: str) -> list[Table | Text]:
         for dtype in plan.dtypes:
             for name in names:
                 first = (shape.name, str(shape), str(dtype).removeprefix("torch."))
-                table.add_row(*first, *_cells(plan, offered[name], shape, dtype))
+                table.add_row(*first, *_cells(plan, device_type, offered[name], shape, dtype))
     note = "estimates: forward, forward+backward are the op's peak beyond its inputs"
     if plan.kernel != "op":
         note = f"memory is predicted for the op; {plan.kernel} adds to it"
@@ -66,11 +67,11 @@ def parts_of(plan: Plan, device_type: str) -> list[Table | Text]:
     return [heading(title), table, Text(note)]
 
 
-def _cells(plan: Plan, provider: Provider, shape: Shape, dtype: torch.dtype) -> list[Any]:
+def _cells(plan: Plan, device_type: str, provider: Provider, shape: Shape, dtype: torch.dtype) -> list[Any]:
     inputs = input_bytes(shape, dtype.itemsize)
     forward, both = peak_bytes(provider, shape, dtype.itemsize)
     total = _total_memory(plan.device)
-    problem = provider.why_not(plan.device)
+    problem = provider.why_not(torch.device(device_type))
     too_large = total is not None and inputs + both > total
     note = Text("does not fit" if too_large else f"missing: {problem}" if problem else "")
     return [provider.name, *(f"{value / MIB:,.1f}" for value in (inputs, forward, both)), note]

@@ -135,7 +135,7 @@ LEGEND = (
     "compile s: first call less a warm one; what a cache on disk holds is not compiled again\n"
     "peak, kept: beyond the inputs; kept is the results and what backward needs\n"
     "of floor: lower bound of the hardware / median, and what sets it\n"
-    "error: worst error / error the tolerance allows (peers may err 4x, or 8 roundings of the dtype)"
+    "error: worst error / error the tolerance allows (peers, layers and models may err 4x; peers 8 roundings)"
 )
 
 

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..floors import Work
+from ..floors import Work, attention_work
 from ..problem import Leaves, Problem
 from . import layers, lm
 from .inputs import normal
-from .peers import moved, peer_problem, results_only, step_problem
+from .peers import peer_problem, results_only, step_problem
 from .registry import Context, Provider
 
 D = 64
@@ -33,13 +33,7 @@ def _build(context: Context) -> Problem:
         q, k, v = (given[name].transpose(1, 2) for name in ("q", "k", "v"))
         return (F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2),)
 
-    half = s.B * H * s.T * s.T / 2  # scores below the diagonal
-    elements = s.B * s.T * H * D
-    traffic = moved(context.itemsize, 3 * elements, elements)
-    work = {
-        "forward": Work(half, 4 * half * D, traffic["forward"], 1),
-        "backward": Work(half, 10 * half * D, traffic["backward"], 1),
-    }
+    work = attention_work(s, H, D, context.dtype_name)
     leaves = {name: normal(context, *size, salt=i) for i, name in enumerate(("q", "k", "v"), 1)}
     operator = f"causal softmax attention, {H} heads of {D}"
     return peer_problem(context, operator, leaves, call, _naive, size, ("q", "k", "v"), work)

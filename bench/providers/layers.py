@@ -13,15 +13,26 @@ from torch.func import functional_call
 
 from m2rnn_compile.layers import M2RNN, Attention
 
+from ..floors import Work, attention_work, layer_work, scan_work
 from ..problem import Leaves, Problem
 from .inputs import normal
 from .registry import Context
 
 GATE_STEPS = 256
 HEAD_DIM = 64
+# Of the tolerance, for layers and models: a gradient of a bias is one sum over all tokens, and what one order of
+# summation errs says little about another; Inductor and BLAS choose theirs.
+SLACK = 4.0
 
 
-def layer_problem(context: Context, module: nn.Module, eager: nn.Module, family: str, compiled: bool) -> Problem:
+def weights_of(module: nn.Module) -> int:
+    """Elements of the matrices that every token is multiplied with."""
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+
+
+def layer_problem(
+    context: Context, module: nn.Module, eager: nn.Module, family: str, compiled: bool, mixer: dict[str, Work]
+) -> Problem:
     """`module` on random inputs, judged by `eager`, which has the same parameters and runs plain loops."""
     shape = context.shape
     x = normal(context, shape.B, shape.T, shape.width, salt=1)
@@ -49,6 +60,8 @@ def layer_problem(context: Context, module: nn.Module, eager: nn.Module, family:
         timed=frozenset(("x",)),
         steps=shape.T,
         gate_steps=min(shape.T, GATE_STEPS),
+        slack=SLACK,
+        work=layer_work(mixer, shape.B * shape.T, shape.width, weights_of(module), context.dtype_name),
         tokens=shape.B * shape.T,
     )
 
@@ -67,7 +80,7 @@ def m2rnn_layer(context: Context, impl: str, *, compiled: bool) -> Problem:
     sizes |= dict(hidden_size=s.width)
     module = _seeded(context, M2RNN, **sizes, impl=impl)
     eager = _seeded(context, M2RNN, **sizes, impl="eager")
-    return layer_problem(context, module, eager, "M²RNN", compiled)
+    return layer_problem(context, module, eager, "M²RNN", compiled, scan_work(s, context.dtype_name))
 
 
 def attention_layer(context: Context) -> Problem:
@@ -75,4 +88,5 @@ def attention_layer(context: Context) -> Problem:
     width = context.shape.width
     options = dict(hidden_size=width, num_heads=width // HEAD_DIM)
     module, eager = _seeded(context, Attention, **options), _seeded(context, Attention, **options)
-    return layer_problem(context, module, eager, "softmax attention", False)
+    mixer = attention_work(context.shape, width // HEAD_DIM, HEAD_DIM, context.dtype_name)
+    return layer_problem(context, module, eager, "softmax attention", False, mixer)

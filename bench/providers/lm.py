@@ -13,21 +13,23 @@ from torch.func import functional_call
 from m2rnn_compile.layers import param_groups
 from m2rnn_compile.models import AttentionConfig, HybridLM, LMConfig, M2RNNConfig
 
+from ..floors import Work, attention_work, layer_work, scan_work
 from ..problem import Leaves, Problem
+from . import layers
 from .registry import Context
 
 GATE_STEPS = 64
-# Preset → (layers, MLP width, vocabulary). A and D: the 410M model. B and C: the 7B trunk, its experts replaced by a
+# Preset → (depth, MLP width, vocabulary). A and D: the 410M model. B and C: the 7B trunk, its experts replaced by a
 # dense MLP of the width that is active for a token (8 experts of 256 and a shared one of 1024).
 SIZES = {"A": (24, 2752, 100_352), "D": (24, 2752, 100_352), "B": (40, 3072, 100_352), "C": (40, 3072, 100_352)}
-SMALL = (4, 172, 256)
+SMALL = (2, 172, 256)
 
 
 def config_of(context: Context, letter: str) -> LMConfig:
     """The model of a shape. `--layers` and `--pattern` override; a peer has its own letter in every layer."""
     s = context.shape
-    layers, mlp, vocabulary = SIZES.get(s.name, SMALL)
-    pattern = letter * (len(context.pattern) if context.pattern else context.layers or layers)
+    depth, mlp, vocabulary = SIZES.get(s.name, SMALL)
+    pattern = letter * (len(context.pattern) if context.pattern else context.layers or depth)
     if letter == "M" and context.pattern:
         pattern = context.pattern
     heads = dict(num_q_heads=s.Nq, num_k_heads=s.Nk, num_v_heads=s.Nv, num_f_heads=s.Nf, num_w_heads=s.Nw)
@@ -109,7 +111,7 @@ def language_model(context: Context, letter: str, impl: str, *, compiled: bool) 
             truth = functional_call(eager, double, (tokens[:, : length + 1],), {"logits_to_keep": 1})
         return got, truth, uncached
 
-    kind = f"language model {_short(config.pattern)}, width {s.width}, {model.num_parameters() / 1e6:.0f}M parameters"
+    kind = f"language model {_short(config.pattern)}, width {s.width}, {model.num_parameters() / 1e6:.3g}M parameters"
     return Problem(
         operator=kind,
         leaves=leaves,
@@ -120,11 +122,39 @@ def language_model(context: Context, letter: str, impl: str, *, compiled: bool) 
         dy=dy,
         steps=s.T,
         gate_steps=min(s.T, GATE_STEPS),
+        slack=layers.SLACK,
+        work=_work(context, config, model),
         tokens=s.B * s.T,
         modes={"train": train, "generate": generate},
         tokens_of_mode={"generate": s.B},
         extra_gate={"generate": check_generation},
     )
+
+
+def _work(context: Context, config: LMConfig, model: HybridLM) -> dict[str, Work]:
+    """Lower bounds of a training step and of one generated token; AdamW reads p, g, m, v and writes p, m, v."""
+    s, dtype = context.shape, context.dtype_name
+    heads = s.width // layers.HEAD_DIM
+    mixers = {"M": scan_work(s, dtype), "A": attention_work(s, heads, layers.HEAD_DIM, dtype)}
+    total = {name: Work(0, 0, 0, 0) for name in ("forward", "backward")}
+    for letter in config.pattern:
+        total = {name: work + mixers[letter][name] for name, work in total.items()}
+    parameters = model.num_parameters()
+    matrices = layers.weights_of(model) + config.vocab_size * config.hidden_size  # the embedding makes the logits
+    work = layer_work(total, s.B * s.T, 0, matrices, dtype)
+    states, keys = s.B * s.N * s.K * s.V, s.B * s.T * s.width
+    recurrent, attending = config.pattern.count("M"), config.pattern.count("A")
+    scores = attending * s.B * heads * s.T
+    return {
+        **work,
+        "optimizer": Work(0, 0, 7 * context.itemsize * parameters, 0),
+        "generate": Work(
+            recurrent * states + scores,
+            2.0 * s.B * matrices + recurrent * 2 * states * (s.V + 3) + 4 * scores * layers.HEAD_DIM,
+            context.itemsize * (matrices + attending * 2 * keys) + recurrent * 2 * 4 * states,
+            len(config.pattern),
+        ),
+    }
 
 
 def _short(pattern: str) -> str:

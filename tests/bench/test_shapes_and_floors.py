@@ -93,3 +93,22 @@ def test_notation_and_presets_agree():
 def test_bad_shapes_say_what_is_wrong(text, message):
     with pytest.raises(ValueError, match=message):
         parse_shape(text)
+
+
+def test_a_layer_adds_its_projections_to_the_work_of_its_mixer():
+    shape = PRESETS["A"]
+    mixer = floors.scan_work(shape, "bfloat16")
+    tokens, weights = shape.B * shape.T, 10**6
+    layer = floors.layer_work(mixer, tokens, 1024, weights, "bfloat16")
+    assert layer["forward"].flops == mixer["forward"].flops + 2 * tokens * weights
+    assert layer["forward"].tanh == mixer["forward"].tanh
+    assert layer["forward"].bytes == 2 * (2 * tokens * 1024 + weights)
+    assert layer["backward"].flops - mixer["backward"].flops == 4 * tokens * weights
+
+
+def test_modes_of_a_model_have_work_of_their_own():
+    one = floors.Work(1, 1, 1, 1)
+    work = {"forward": one, "backward": one, "optimizer": one, "generate": one}
+    counts = {mode: len(floors.work_of_mode(work, mode)) for mode in ("inference", "forward+backward", "train")}
+    assert counts == {"inference": 1, "forward+backward": 2, "train": 3}
+    assert floors.work_of_mode(work, "generate") == [one]

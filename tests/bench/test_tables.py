@@ -92,7 +92,7 @@ missing mamba2: import of mamba_ssm failed
 compile s: first call less a warm one; what a cache on disk holds is not compiled again
 peak, kept: beyond the inputs; kept is the results and what backward needs
 of floor: lower bound of the hardware / median, and what sets it
-error: worst error / error the tolerance allows (peers may err 4x, or 8 roundings of the dtype)
+error: worst error / error the tolerance allows (peers, layers and models may err 4x; peers 8 roundings)
 2026-01-02, NVIDIA H200, driver 580.1, torch 2.11.0, triton 3.6.0, Python 3.12.3, git abcdef012345
 """,
         )

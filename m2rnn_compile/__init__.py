@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .fusion import FusionReport, enable_fusion, explain, install_when_compiling
 from .ops import (
     ImplChoice,
     M2RNNOutput,
@@ -25,11 +26,15 @@ if TYPE_CHECKING:
     from .layers import M2RNN
 
 __version__ = "0.1.0"
+install_when_compiling()
 __all__ = [
     "M2RNN",
+    "FusionReport",
     "ImplChoice",
     "M2RNNOutput",
     "M2RNNStepOutput",
+    "enable_fusion",
+    "explain",
     "explain_impl",
     "m2rnn",
     "m2rnn_decode_step",

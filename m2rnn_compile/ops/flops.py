@@ -10,15 +10,12 @@ needs it.
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
-import sys
 from types import ModuleType
 from typing import Any
 
 import torch
 
-_MODULE = "torch.utils.flop_counter"
+from .after_import import after_import
 
 
 def scan_macs(q_shape: Any, v_shape: Any, heads: int, kvv: int, kv: int) -> int:
@@ -67,29 +64,6 @@ def _register(flop_counter: ModuleType) -> None:
             flop_counter.register_flop_formula(op)(formula)
 
 
-class _RegisterAfterImport:
-    """A finder that steps aside, lets the real import of `_MODULE` happen, and registers the formulas after it."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name != _MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        run = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            run(module)
-            _register(module)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
 def register_flops() -> None:
     """Register now if torch's counter is loaded, else as soon as it is."""
-    if _MODULE in sys.modules:
-        _register(sys.modules[_MODULE])
-    elif not any(isinstance(finder, _RegisterAfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RegisterAfterImport())
+    after_import("torch.utils.flop_counter", _register)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import registry
+from . import fusion_switch, registry
 from .library import LIB, fold_vmap_into_heads, functorch_active, register_autocast, unfold_vmap_from_heads
 from .validation import check_backward, check_clip, check_cu_seqlens_values, check_scan, num_checkpoints, state_dtype
 
@@ -232,6 +232,7 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """Call the op, keeping checkpoints only when a gradient may be asked for."""
     check_clip(state_grad_clip)
+    fusion_switch.guard()
     tensors = (q, k, v, f, W) if initial_state is None else (q, k, v, f, W, initial_state)
     # A tensor inside of vmap does not tell whether the one outside requires a gradient.
     wanted = torch.is_grad_enabled() and (any(x.requires_grad for x in tensors) or functorch_active())

@@ -159,7 +159,8 @@ def fused_tail_backward(
                 N=N, V=V, Gv=N // v.shape[2], Gg=1 if g is None else N // g.shape[2],
                 V_SHIFT=v_shift, G_SHIFT=g_shift,
                 HAS_D=D is not None, HAS_G=g is not None, HAS_W=norm_weight is not None,
-                ACT=activation, NORM=norm, FAST=_fast(y.dtype), BN=BN, BV=BV, num_warps=warps or min(16, 2 * most_warps),
+                ACT=activation, NORM=norm, FAST=_fast(y.dtype), BN=BN, BV=BV,
+                num_warps=warps or min(16, 2 * most_warps),
             )  # fmt: skip
     return (
         dy,

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What users see of fusion under `torch.compile`: the switch, and `explain`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .ops import fusion_switch
+from .ops.after_import import after_import
+from .ops.fusion_switch import FusionSettings
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from .lowering.inductor.rewrite import FusionRecord
+
+_CONFIG = "torch._inductor.config"
+
+
+def enable_fusion(
+    enabled: bool = True, *, devices: Sequence[str] = ("cuda",), prologue: bool = False
+) -> FusionSettings:
+    """Turn fusion of the scan with its surroundings under `torch.compile` on (the default) or off.
+
+    Compiled code notices: it compiles again where the setting matters. Off, the op is opaque, bit for bit as without
+    this library's rewrite. In eager mode nothing depends on it.
+
+    Args:
+        devices: device types to fuse on. On a CPU the compiler's own pass over the tail is as good.
+        prologue: also move the forget gate into the op. It saves no pass over memory.
+
+    Returns:
+        The settings before, to restore with ``enable_fusion(**before._asdict())``.
+    """
+    before = fusion_switch.SETTINGS
+    fusion_switch.change(FusionSettings(bool(enabled), tuple(devices), bool(prologue)))
+    if enabled and _CONFIG in sys.modules:
+        _install(sys.modules[_CONFIG])
+    return before
+
+
+def _install(config: types.ModuleType) -> None:
+    if fusion_switch.SETTINGS.enabled:
+        from .lowering.inductor import hook
+
+        hook.install(config)
+
+
+def install_when_compiling() -> None:
+    """Called when the package is imported, which must not import the compiler."""
+    after_import(_CONFIG, _install)
+
+
+@dataclasses.dataclass(frozen=True)
+class FusionReport:
+    """What `explain` found. Print it, or give it to rich.
+
+    Attributes:
+        settings: of `enable_fusion`.
+        hook: whether the rewrite is installed in this torch.
+        graphs: number of graphs that Dynamo made (more than one: graph breaks or several calls).
+        scans: one record for each scan.
+    """
+
+    settings: FusionSettings
+    hook: str
+    graphs: int
+    scans: tuple[FusionRecord, ...]
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title="scans under torch.compile", caption=self._caption(), title_justify="left")
+        table.caption_justify = "left"
+        for heading in ("scan", "shape", "fused with", "left outside, and why"):
+            table.add_column(heading, overflow="fold")
+        for r in self.scans:
+            shape = f"{r.shapes}\n{'training' if r.training else 'inference'}"
+            fused = Text("\n".join(r.fused) or "nothing", style="green" if r.fused else "yellow")
+            table.add_row(Text(f"{r.scan}\n{r.where}"), shape, fused, Text("\n".join(r.left)))
+        return table
+
+    def _caption(self) -> str:
+        state = "on" if self.settings.enabled else "off (m2rnn_compile.enable_fusion(True) turns it on)"
+        devices = ", ".join(self.settings.devices) or "no device"
+        return f"fusion is {state} for {devices}; rewrite {self.hook}; {self.graphs} graph(s)"
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=120, color_system=None)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get()
+
+
+def explain(model: Any, *args: Any, **kwargs: Any) -> FusionReport:
+    """Which scans of `model(*args, **kwargs)` fuse with what under `torch.compile`, and why not.
+
+    Traces and rewrites as the compiler would, under the current settings and grad mode, and runs the graph once in
+    eager mode; generates no code. Compiled code of the same model is not touched.
+
+    Args:
+        model: a module or function, not compiled.
+
+    Raises:
+        TypeError: `model` is compiled already.
+    """
+    from .lowering.inductor import hook
+    from .lowering.inductor.match import SCAN
+    from .lowering.inductor.rewrite import FusionRecord, fuse
+
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or hasattr(model, "_torchdynamo_orig_callable"):
+        raise TypeError("m2rnn: explain takes the model before torch.compile; pass the original (model._orig_mod)")
+    found: list[FusionRecord] = []
+    graphs = 0
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        for module in gm.modules():
+            if not isinstance(module, torch.fx.GraphModule):
+                continue
+            if fusion_switch.SETTINGS.enabled:
+                found.extend(fuse(module.graph, fusion_switch.SETTINGS))
+                module.recompile()
+            else:
+                scans = [n for n in module.graph.nodes if n.target is SCAN]
+                found.extend(FusionRecord(n.name, (), ("fusion is off",), "", "", n.args[8] != 0) for n in scans)
+        return gm.forward
+
+    # A new code object each time: Dynamo keeps its compilations, and their limit, by code object.
+    run = lambda *args, **kwargs: model(*args, **kwargs)
+    fresh = types.FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
+    torch.compile(fresh, backend=backend)(*args, **kwargs)
+    after_import(_CONFIG, _install)
+    return FusionReport(fusion_switch.SETTINGS, hook.status(), graphs, tuple(found))

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put `m2rnn::fused_scan` in the place of a scan and what was matched around it. Public torch.fx only.
+
+Forward only: this runs on the graph before autograd, and the op's own formula supplies the backward. So one rewrite is
+right in training and inference, with static and dynamic shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from ...ops.fusion_switch import FusionSettings
+from .match import SCAN, Match, match, name, value
+
+FUSED_SCAN = torch.ops.m2rnn.fused_scan.default
+
+
+@dataclasses.dataclass(frozen=True)
+class FusionRecord:
+    """What happened to one scan of a compiled graph.
+
+    Attributes:
+        scan: its name in the graph.
+        fused: the parts that moved into the op.
+        left: for what did not, the reason.
+        where: file and line of the call in the user's code, as far as tracing knows.
+        shapes: B, T, N, K, V as text (symbols where they are dynamic).
+        training: whether the graph keeps what a backward needs.
+    """
+
+    scan: str
+    fused: tuple[str, ...]
+    left: tuple[str, ...]
+    where: str
+    shapes: str
+    training: bool
+
+
+def fuse(graph: Graph, settings: FusionSettings) -> list[FusionRecord]:
+    """Rewrite every scan of the graph where that is possible and pays."""
+    functorch = any(name(n).endswith("_increment_nesting") for n in graph.nodes)  # torch.vmap, torch.func.grad, ...
+    records = []
+    for scan in [n for n in graph.nodes if n.op == "call_function" and n.target is SCAN]:
+        if functorch:
+            records.append(_record(scan, Match(scan), [], ["the graph holds torch.func transforms"]))
+        else:
+            records.append(_fuse_one(graph, scan, settings))
+    return records
+
+
+def _fuse_one(graph: Graph, scan: Node, settings: FusionSettings) -> FusionRecord:
+    m = match(scan)
+    reason = _why_not(m, settings)
+    tail = m.tail_parts()
+    if reason is not None:
+        return _record(scan, m, [], [f"{', '.join(tail) or 'tail'}: {reason}"])
+    left, parts = [], list(tail)
+    if m.stopped:
+        left.append(f"behind the tail: {m.stopped}")
+    if m.forget == "none":
+        if m.prologue_stopped:
+            left.append(f"forget gate: {m.prologue_stopped}")
+    elif settings.prologue:
+        parts = m.prologue_parts() + parts
+    else:
+        left.append(f"{m.prologue_parts()[0]}: one small pass either way, left to the compiler")
+        m = dataclasses.replace(m, forget="none", x_f=None, A_log=None, dt_bias=None)
+    record = _record(scan, m, parts, left)
+    _replace(graph, m)
+    return record
+
+
+def _why_not(m: Match, settings: FusionSettings) -> str | None:
+    """Why this scan stays as it is, or None."""
+    if m.last is None:
+        return m.stopped or "nothing follows that could move into the op"
+    y = value(m.scan)[0]
+    device, (N, V), K = y.device.type, tuple(y.shape[2:]), value(m.scan.args[0]).shape[3]
+    out = value(m.last)
+    if m.scan.args[-1] not in ("auto", "triton", "eager", "cpp"):
+        return f"impl={m.scan.args[-1]!r}"
+    if device not in settings.devices:
+        return f"on {device} the compiler's own pass over the tail is as good; fusion is on for " + (
+            ", ".join(settings.devices) or "no device"
+        )
+    if not out.dtype.is_floating_point:
+        return f"the tail ends in {out.dtype}"
+    if device == "cuda":
+        return _cuda_why_not(m, N, K, V)
+    return None
+
+
+def _cuda_why_not(m: Match, N: int, K: Any, V: int) -> str | None:
+    try:
+        from ..triton.fused import unsupported
+    except ImportError as e:
+        return f"Triton cannot be imported: {e}"
+    if m.scan.args[-1] == "eager":
+        return "impl='eager' runs the tail in torch"
+    reason = unsupported(N, V, m.norm)
+    if reason is not None:
+        return reason
+    if isinstance(K, int) and K <= 16:
+        return f"K = {K}: y leaves the scan in one piece, and the compiler's own pass over the tail is as good"
+    return None
+
+
+def _record(scan: Node, m: Match, parts: list[str], left: list[str]) -> FusionRecord:
+    q, y = value(scan.args[0]), value(scan)
+    sizes = zip("BTNKV", (*y[0].shape[:3], q.shape[3], y[0].shape[3]), strict=True) if isinstance(q, Tensor) else ()
+    frames = re.findall(r'File "(.+?)", line (\d+)', scan.meta.get("stack_trace") or "")
+    frames = [frame for frame in frames if "/m2rnn_compile/ops/" not in frame[0]] or frames
+    where = f"{'/'.join(Path(frames[-1][0]).parts[-2:])}:{frames[-1][1]}" if frames else ""
+    return FusionRecord(
+        scan=scan.name,
+        fused=tuple(parts),
+        left=tuple(left),
+        where=where,
+        shapes=", ".join(f"{n}={size}" for n, size in sizes),
+        training=scan.args[8] != 0,
+    )
+
+
+# ---- the rewrite itself ---------------------------------------------------------------------------------------------
+
+
+def _call(graph: Graph, x: Node, method: str, *args: Any) -> Node:
+    made = graph.call_method(method, (x, *args))
+    fake = value(x)
+    made.meta["example_value"] = getattr(fake, method)(*args)
+    return made
+
+
+def _per_feature(graph: Graph, x: Node | None, N: int, V: int) -> Node | None:
+    """A parameter as [N, V]."""
+    if x is None:
+        return None
+    shape = tuple(value(x).shape)
+    if shape == (N, V):
+        return x
+    if value(x).numel() == N * V:
+        return _call(graph, x, "reshape", (N, V))
+    while len(value(x).shape) > 2:  # leading ones
+        x = _call(graph, x, "squeeze", 0)
+    return _call(graph, x, "expand", (N, V))
+
+
+def _heads_of(graph: Graph, g: Node | None, V: int) -> Node | None:
+    """[B, T, Ng·V] as [B, T, Ng, V]."""
+    if g is None or len(value(g).shape) == 4:
+        return g
+    return _call(graph, g, "unflatten", -1, (value(g).shape[-1] // V, V))
+
+
+def _out_dtype(last: Node, v: Tensor) -> torch.dtype:
+    """The dtype of what is replaced; or v's, where under autocast every user casts to it anyway."""
+    out: torch.dtype = value(last).dtype
+    casts = [u for u in last.users if name(u) in ("linear", "matmul", "mm")]
+    if out != v.dtype and len(casts) == len(last.users) > 0:
+        if all(isinstance(value(u), Tensor) and value(u).dtype == v.dtype for u in casts):
+            return v.dtype
+    return out
+
+
+def _replace(graph: Graph, m: Match) -> None:
+    assert m.last is not None
+    scan, last = m.scan, m.last
+    q, k, v, f, W, initial_state, cu_seqlens, clip, chunk, impl = scan.args
+    fakes = value(scan)
+    y, N, V = fakes[0], fakes[0].shape[2], fakes[0].shape[3]
+    flat = len(value(last).shape) == 3
+    dtype = _out_dtype(last, y)
+    with graph.inserting_before(last):
+        D, weight = (_per_feature(graph, x, N, V) for x in (m.D, m.norm_weight))
+        g = _heads_of(graph, m.g, V)
+        fused = graph.call_function(
+            FUSED_SCAN,
+            (
+                q, k, v, f if m.x_f is None else m.x_f, W, m.A_log, m.dt_bias, D, g, weight, initial_state, cu_seqlens,
+                clip, m.forget, m.activation, m.norm, m.norm_eps, dtype, chunk, impl,
+            ),
+        )  # fmt: skip
+        o_fake = y.new_empty(y.shape, dtype=dtype)
+        fused.meta = dict(scan.meta)
+        fused.meta["example_value"] = (o_fake, fakes[1], y, y.new_empty(0, dtype=fakes[1].dtype), fakes[2])
+        outputs = {}
+        for old, new in ((0, 0), (1, 1), (2, 4)):
+            outputs[old] = graph.call_function(operator.getitem, (fused, new))
+            outputs[old].meta["example_value"] = fused.meta["example_value"][new]
+        o = _call(graph, outputs[0], "flatten", -2) if flat else outputs[0]
+    last.replace_all_uses_with(o)
+    for user in list(scan.users):
+        user.replace_all_uses_with(outputs[user.args[1]]) if user.args[1] != 0 else None
+    _sort(graph)
+    _erase_dead(graph, last)
+
+
+def _sort(graph: Graph) -> None:
+    """Restore the order of definitions and uses; nodes keep their place where they can."""
+    placed: set[Node] = set()
+    order: list[Node] = []
+
+    def place(n: Node) -> None:
+        todo = [n]
+        while todo:
+            top = todo[-1]
+            missing = [x for x in top.all_input_nodes if x not in placed]
+            if missing:
+                todo += missing
+                continue
+            todo.pop()
+            if top not in placed:
+                placed.add(top)
+                order.append(top)
+
+    for n in list(graph.nodes):
+        place(n)
+    if order != list(graph.nodes):
+        for before, after in zip(order, order[1:], strict=False):
+            before.append(after)
+
+
+def _erase_dead(graph: Graph, n: Node) -> None:
+    """Erase `n` and what only it used; other dead code is not ours to judge."""
+    todo = [n]
+    while todo:
+        top = todo.pop()
+        if top.users or top.op in ("placeholder", "output", "get_attr") or top._erased:
+            continue
+        inputs = list(top.all_input_nodes)
+        graph.erase_node(top)
+        todo += inputs
+    for getter in [x for x in graph.nodes if x.target is operator.getitem and not x.users]:
+        source = getter.args[0]
+        if isinstance(source, Node) and source.target in (SCAN, FUSED_SCAN):
+            graph.erase_node(getter)
+            if source.target is SCAN and not source.users:
+                _erase_dead(graph, source)

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The switch of `enable_fusion`, where code that Dynamo traces can see it.
+
+A function that is traced reads `TOKEN`, so Dynamo guards the graph by it: turning the switch compiles again instead of
+running what was compiled under the other setting.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class FusionSettings(NamedTuple):
+    """What `torch.compile` may do with a scan's surroundings.
+
+    Attributes:
+        enabled: off means the opaque op, as if there were no rewrite at all.
+        devices: device types on which the surroundings move into the op. Only where that saves passes over memory.
+        prologue: also move the forget gate into the op, though it saves no pass (a kernel of B·T·N either way).
+    """
+
+    enabled: bool = True
+    devices: tuple[str, ...] = ("cuda",)
+    prologue: bool = False
+
+    def token(self) -> str:
+        return repr(tuple(self))
+
+
+SETTINGS = FusionSettings()
+TOKEN = SETTINGS.token()
+
+
+def guard() -> bool:
+    """Called where Dynamo traces: the comparison puts a guard on TOKEN."""
+    return TOKEN != ""
+
+
+def change(settings: FusionSettings) -> None:
+    global SETTINGS, TOKEN
+    SETTINGS, TOKEN = settings, settings.token()

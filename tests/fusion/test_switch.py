@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The switch, the hook in Inductor, and `explain`: no flag needed, nothing stale, no silence."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from m2rnn_compile import M2RNN, enable_fusion, explain
+from m2rnn_compile.lowering.inductor import hook
+from m2rnn_compile.ops import fusion_switch
+from tests.fusion.compiling import fusion_on_cpu
+
+__all__ = ["fusion_on_cpu"]
+ALL = ("decay gate", "D ⊙ v", "SiLU(g)", "RMSNorm over N·V")
+
+
+@pytest.fixture(autouse=True)
+def _restore() -> Iterator[None]:
+    before = fusion_switch.SETTINGS
+    yield
+    enable_fusion(**before._asdict())
+
+
+def make_layer() -> M2RNN:
+    return M2RNN(24, num_heads=4, key_dim=8, value_dim=4)
+
+
+def python(code: str, **env: str) -> str:
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_importing_the_package_imports_no_compiler() -> None:
+    python(
+        "import sys, m2rnn_compile\n"
+        "bad = [m for m in ('triton', 'torch._inductor', 'torch._dynamo', 'rich') if m in sys.modules]\n"
+        "assert not bad, bad"
+    )
+
+
+def training_step(fn: Any, layer: nn.Module, x: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(fn(x).square().sum(), list(layer.parameters())))
+
+
+def test_inductor_gets_the_fused_op_without_a_flag(fusion_on_cpu: None) -> None:
+    """Training, inference, another length; then off: the bits of a torch without our pass."""
+    layer = make_layer()
+    compiled = torch.compile(layer, fullgraph=True)
+    for length in (9, 20):
+        x = torch.randn(2, length, 24)
+        hook.RECORDS.clear()
+        for a, b in zip(training_step(compiled, layer, x), training_step(layer, layer, x), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+        assert [r.fused for r in hook.RECORDS] == [ALL]
+    enable_fusion(False)
+    hook.RECORDS.clear()
+    off = [compiled(x), *training_step(compiled, layer, x)]
+    assert not hook.RECORDS
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(pre_grad_custom_pass=None):
+        never = [compiled(x), *training_step(compiled, layer, x)]
+    assert all(torch.equal(a, b) for a, b in zip(off, never, strict=True))
+
+
+def test_the_switch_compiles_again_and_nothing_stale_runs() -> None:
+    seen = []
+    layer, x = make_layer(), torch.randn(2, 9, 24)
+
+    def backend(gm: torch.fx.GraphModule, _: Any) -> Any:
+        seen.append(fusion_switch.SETTINGS.enabled)
+        return gm.forward
+
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    for enabled in (True, True, False, True, False):
+        enable_fusion(enabled)
+        compiled(x)
+    assert seen == [True, False]  # each setting once; going back finds what is compiled already
+
+
+CACHED = """
+import torch
+import m2rnn_compile
+from m2rnn_compile.lowering.inductor import hook
+m2rnn_compile.enable_fusion({enabled}, devices=("cpu",))
+torch.manual_seed(0)
+layer = m2rnn_compile.M2RNN(24, num_heads=4, key_dim=8, value_dim=4)
+with torch.no_grad():
+    torch.compile(layer)(torch.randn(2, 9, 24))
+from torch._dynamo.utils import counters
+code = counters["inductor"]
+print(len(hook.RECORDS), code["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+def test_caches_on_disk_keep_the_settings_apart(tmp_path: Any) -> None:
+    env = dict(TORCHINDUCTOR_CACHE_DIR=str(tmp_path), TORCHINDUCTOR_FX_GRAPH_CACHE="1")
+    assert python(CACHED.format(enabled=True), **env).split()[0] == "1"
+    assert python(CACHED.format(enabled=False), **env).split() == ["0", "0"]  # nothing of the other setting is used
+    again = python(CACHED.format(enabled=True), **env).split()
+    assert int(again[1]) > 0  # and the same setting finds its own
+
+
+def test_a_user_s_pass_stays_and_runs_first(fusion_on_cpu: None) -> None:
+    import torch._inductor.config as config
+
+    order: list[str] = []
+
+    class Theirs(torch._inductor.custom_graph_pass.CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            order.append("theirs")
+
+        def uuid(self) -> str:
+            return "theirs"
+
+    for several in (True, False):
+        theirs = Theirs()
+        with config.patch(pre_grad_custom_pass=theirs), pytest.MonkeyPatch.context() as patch:
+            if not several:  # as torch 2.11 and 2.12 have it
+                patch.setattr(hook, "torch_version", lambda: (2, 12))
+            hook.install(config)
+            hook.install(config)
+            assert hook.installed(config)
+            installed = config.pre_grad_custom_pass
+            if several and isinstance(installed, list):
+                assert len(installed) == 2
+                assert installed[0] is theirs
+            hook.RECORDS.clear()
+            torch._dynamo.reset()
+            layer = make_layer()
+            with torch.no_grad(), config.patch(force_disable_caches=True):
+                torch.compile(layer)(torch.randn(2, 9, 24))
+            assert order == ["theirs"]
+            assert len(hook.RECORDS) == 1
+            order.clear()
+
+
+@pytest.mark.parametrize("version", [(2, 10), (3, 0)])
+def test_an_unknown_torch_gets_the_opaque_op_and_one_message(
+    version: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hook, "torch_version", lambda: version)
+    monkeypatch.setattr(hook, "_status", "")
+    config: Any = SimpleNamespace(pre_grad_custom_pass=None)
+    with pytest.warns(UserWarning, match="m2rnn: fusion under torch.compile is off: .* not one of the versions 2.11"):
+        hook.install(config)
+    assert config.pre_grad_custom_pass is None
+    assert hook.status().startswith("not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hook.install(config)
+
+
+def test_a_torch_without_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hook, "_status", "")
+    with pytest.warns(UserWarning, match="has no such hook"):
+        hook.install(SimpleNamespace())  # type: ignore[arg-type]
+
+
+# ---- explain --------------------------------------------------------------------------------------------------------
+
+
+def test_explain_says_what_and_why_not(fusion_on_cpu: None) -> None:
+    layer, x = make_layer(), torch.randn(2, 9, 24)
+    report = explain(layer, x)
+    (scan,) = report.scans
+    assert scan.fused == ALL
+    assert scan.training
+    assert scan.shapes == "B=2, T=9, N=4, K=8, V=4"
+    assert scan.where.startswith("layers/m2rnn.py:")
+    assert "RMSNorm over N·V" in str(report)
+    with torch.no_grad():
+        assert not explain(layer, x).scans[0].training
+    enable_fusion(True, devices=("cpu",))
+    assert explain(layer, x).scans[0].left[-1].startswith("decay gate: one small pass either way")
+    enable_fusion(True)
+    assert explain(layer, x).scans[0].left[0].startswith("D ⊙ v, SiLU(g), RMSNorm over N·V: on cpu")
+    enable_fusion(False)
+    assert explain(layer, x).scans[0].left == ("fusion is off",)
+    assert "fusion is off" in str(explain(layer, x))
+
+
+def test_explain_many_times_and_a_model_of_many_scans(fusion_on_cpu: None) -> None:
+    model = nn.Sequential(make_layer(), make_layer())
+    for length in range(3, 15):  # beyond Dynamo's limit of compilations of one function
+        assert [r.fused for r in explain(model, torch.randn(2, length, 24)).scans] == [ALL, ALL]
+
+
+def test_explain_of_a_model_without_a_scan() -> None:
+    assert explain(nn.Linear(3, 3), torch.randn(2, 3)).scans == ()
+
+
+def test_explain_refuses_compiled_models() -> None:
+    with pytest.raises(TypeError, match=r"before torch\.compile"):
+        explain(torch.compile(make_layer()), torch.randn(2, 9, 24))
+
+
+def test_explain_leaves_compiled_code_alone(fusion_on_cpu: None) -> None:
+    layer, x = make_layer(), torch.randn(2, 9, 24)
+    count = 0
+
+    def backend(gm: torch.fx.GraphModule, _: Any) -> Any:
+        nonlocal count
+        count += 1
+        return gm.forward
+
+    compiled = torch.compile(layer, backend=backend)
+    compiled(x)
+    explain(layer, x)
+    compiled(x)
+    assert count == 1

@@ -31,8 +31,9 @@ FINISH_WARPS = 4
 
 
 # By width of the padded tile of W: rows of the state in registers at a time, and warps. The step is bound by memory, so
-# a program should move some KB and hold few registers. Compiled for sm_90, only fp32 at V = 128 spills.
-CONFIGS_16_BIT = {16: LaunchConfig(64, 1), 32: LaunchConfig(64, 2), 64: LaunchConfig(32, 4), 128: LaunchConfig(16, 4)}
+# a program should hold few registers. Compiled for sm_90, only fp32 at V = 128 spills. V = 16 and 64 in 16 bits were
+# measured on an H200 (docs/kernel-notes.md, 11). One choice for every batch: a token's bits do not depend on its batch.
+CONFIGS_16_BIT = {16: LaunchConfig(16, 1), 32: LaunchConfig(64, 2), 64: LaunchConfig(16, 1), 128: LaunchConfig(16, 4)}
 CONFIGS_32_BIT = {16: LaunchConfig(64, 1), 32: LaunchConfig(32, 2), 64: LaunchConfig(16, 8), 128: LaunchConfig(16, 16)}
 
 

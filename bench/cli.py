@@ -23,6 +23,7 @@ from . import (
     files,
     info,
     measure,
+    memory,
     output,
     plots,
     predict,
@@ -142,7 +143,7 @@ def _measure(args: argparse.Namespace) -> int:
         _print(predict.parts_of(plan, "cuda" if _is_about_a_gpu(args, plan.shapes, device) else "cpu"))
         return OK
     args.out = args.out or [_default_path(args.command, device)]
-    with output.progress() as on_run:
+    with output.progress() as on_run, memory.failing_when_full(device):
         rows, interrupted = _collect(args.command, args, device, measure.run(plan, on_run))
     if interrupted:
         output.fail(f"interrupted; {len(rows)} finished rows are kept")
@@ -193,7 +194,7 @@ def _check(args: argparse.Namespace) -> int:
         commit=args.commit,
     )
     args.out = args.out or [_default_path("check", device)]
-    with output.progress() as on_run:
+    with output.progress() as on_run, memory.failing_when_full(device):
         rows, interrupted = _collect("check", args, device, check.run(plan, on_run))
     if rows:
         _show_collected(rows, args, args.out)
@@ -224,7 +225,7 @@ def _compare(args: argparse.Namespace) -> int:
         before = compare.run_revision(args.rev, inner)
         print("running this tree ...", file=sys.stderr, flush=True)
         device = _prepare(parsed)
-        with output.progress() as on_run:
+        with output.progress() as on_run, memory.failing_when_full(device):
             after = list(measure.run(_plan(parsed, device), on_run))
     result = compare.compare(before, after)
     if not result.changes and not result.missing and not result.new:

@@ -13,6 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 MIB = 2**20
 
 
@@ -78,6 +83,47 @@ def kept_bytes(forward: Callable[[], object], given: list[Tensor], device: torch
         if isinstance(x, Tensor):
             see(x)
     return sum(sizes.values())
+
+
+def _available_bytes() -> int | None:
+    """Memory that processes may still take, swap left out; None where Linux does not say."""
+    try:
+        match = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    if match is None:
+        return None
+    available = int(match[1]) * 1024
+    try:  # a container's own limit
+        group = Path("/sys/fs/cgroup")
+        available = min(
+            available, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        )
+    except (OSError, ValueError):  # no such group, or "max"
+        pass
+    return available
+
+
+@contextlib.contextmanager
+def failing_when_full(device: torch.device) -> Iterator[None]:
+    """On a CPU, let allocations beyond nine tenths of the free memory fail, so that they can be reported.
+
+    Linux would grant them and kill the process at first use, and with it the rest of the run.
+    """
+    available = _available_bytes()
+    if device.type != "cpu" or resource is None or available is None:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = _status_kib("VmData") * 1024 + available * 9 // 10
+    for given in (soft, hard):
+        if given != resource.RLIM_INFINITY:
+            limit = min(limit, given)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 @contextlib.contextmanager

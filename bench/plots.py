@@ -32,19 +32,36 @@ def _panels(rows: Sequence[Row], keep: Callable[[Row], bool], value: Value) -> d
 
 
 def _lines(path: Path, rows: Sequence[Row], keep: Callable[[Row], bool], value: Value, x: str, y: str) -> Path | None:
-    """One panel for each family, one line for each provider, both axes logarithmic."""
+    """One panel for each family, one line for each provider, both axes logarithmic.
+
+    Families that were measured at one length are left out if another was measured at several.
+    """
     panels = _panels(rows, keep, value)
     if not panels:
         return None
+    lengths = {family: sorted({row.T for row in members}) for family, members in panels.items()}
+    enough = min(2, max(map(len, lengths.values())))
+    panels = {family: members for family, members in panels.items() if len(lengths[family]) >= enough}
+    colour = _colours(rows)
     figure, axes = _figure(len(panels))
     for axis, (family, members) in zip(axes, sorted(panels.items()), strict=True):
         for provider in sorted({row.provider for row in members}):
             points = sorted((row.T, value(row)) for row in members if row.provider == provider)
-            axis.plot([t for t, _ in points], [v for _, v in points], marker="o", label=provider)
+            where, values = [t for t, _ in points], [v for _, v in points]
+            axis.plot(where, values, marker="o", label=provider, color=colour[provider])
         axis.set(title=", ".join(family), xlabel=x, ylabel=y, xscale="log", yscale="log")
+        axis.set_xticks(lengths[family], [f"{T:,}" for T in lengths[family]])
+        axis.set_xticks([], minor=True)
+        axis.yaxis.set_major_formatter("{x:,g}")
+        axis.yaxis.set_minor_formatter("")
         axis.grid(True, which="both", alpha=0.3)
         axis.legend(fontsize="small")
     return _save(figure, path)
+
+
+def _colours(rows: Sequence[Row]) -> dict[str, str]:
+    """The same colour for a provider in every panel."""
+    return {provider: f"C{number}" for number, provider in enumerate(sorted({row.provider for row in rows}))}
 
 
 def _bars(path: Path, rows: Sequence[Row]) -> Path | None:
@@ -55,9 +72,11 @@ def _bars(path: Path, rows: Sequence[Row]) -> Path | None:
             panels.setdefault(f"{row.kernel} {row.mode}, {shape_of(row)}, {row.dtype}", []).append(row)
     if not panels:
         return None
+    colour = _colours(rows)
     figure, axes = _figure(len(panels))
     for axis, (title, members) in zip(axes, panels.items(), strict=True):
-        bars = axis.barh([row.provider for row in members], [row.of_floor for row in members])
+        names = [row.provider for row in members]
+        bars = axis.barh(names, [row.of_floor for row in members], color=[colour[name] for name in names])
         axis.bar_label(bars, [f"{row.of_floor:.0%} {row.floor_bound}" for row in members], fontsize="small")
         axis.set(title=title, xlabel="lower bound / median", xlim=(0, 1.3))
         axis.invert_yaxis()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``python -m m2rnn_compile demo | generate | check-export``."""
+"""The command line: ``python -m m2rnn_compile demo | generate | check-export | models | train``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ Start here:
   python -m m2rnn_compile demo --data ~/my/texts    the same on your own text files
   python -m m2rnn_compile demo --resume             go on after Ctrl-C; nothing is lost
   python -m m2rnn_compile generate runs/demo-... --prompt "def main("
+  python -m m2rnn_compile models                    the paper's models: pattern, parameters, state, FLOPs
 """
 
 DEMO = """\
@@ -108,6 +109,19 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=_seed, default=0)
     generate.add_argument("--threads", type=_positive_int, default=2)
 
+    models = commands.add_parser(
+        "models",
+        help="the paper's models: pattern, parameters, state, FLOPs",
+        description="List the presets, or one of them layer by layer. Nothing is allocated: models are built on "
+        "the meta device.",
+        epilog="example:\n  python -m m2rnn_compile models hybrid-gated-deltanet+1-410m",
+        formatter_class=raw,
+    )
+    models.add_argument("name", nargs="?", help="a preset, for its details (default: a table of all)")
+    models.add_argument(
+        "--context", type=_positive_int, default=4096, help="tokens of context for FLOPs and state (default: 4096)"
+    )
+
     check = commands.add_parser(
         "check-export",
         help="reload an exported model and compare its outputs with recorded ones",
@@ -121,16 +135,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; user errors are printed, without a traceback, and give 2."""
-    args = build_parser().parse_args(argv)
-    try:
-        from . import demo
-    except ImportError as error:
-        print(
-            f"error: this command needs the package `{error.name}`; run: pip install 'm2rnn-compile[demo]'",
-            file=sys.stderr,
-        )
-        return 2
-    return demo.main(args)
+    from . import cli
+
+    return cli.run(build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

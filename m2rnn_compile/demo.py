@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``python -m m2rnn_compile`` does; the arguments are in ``__main__``."""
+"""The commands demo, generate and check-export; the arguments are in ``__main__``."""
 
 from __future__ import annotations
 
 import argparse
 import codecs
 import gzip
-import io
 import json
 import lzma
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -31,11 +29,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .cli import UserError
 from .models import AttentionConfig, HybridLM, LMConfig, M2RNNConfig, stream
 from .models.checkpoint import CHECKPOINTS, CheckpointError, list_steps, load, restore_model
 from .models.data import SEPARATOR, ByteData, DataError, load_folder
 from .models.display import TrainingView, duration
-from .models.train import TrainConfig, Trainer, TrainingError, bits_per_byte, stop_on_signals
+from .models.train import TrainConfig, Trainer, bits_per_byte, stop_on_signals
 
 MODEL = LMConfig(
     vocab_size=256,
@@ -50,39 +49,6 @@ HELD_OUT_BYTES = 250_000
 RUNS = Path("runs")
 EXPORTED, EXPECTED, RUN = "model.pt2", "expected.safetensors", "run.json"
 PROMPT = "class Reader:\n    def __init__(self, path, encoding=None):\n"
-
-
-class UserError(ValueError):
-    """Something the user can put right; printed without a traceback."""
-
-
-def main(args: argparse.Namespace) -> int:
-    """Run one parsed command line; returns the exit status."""
-    for text in (sys.stdout, sys.stderr):
-        if isinstance(text, io.TextIOWrapper):
-            text.reconfigure(errors="replace")  # not every terminal has our letters
-    console = Console(highlight=False)
-    commands = {"demo": run_demo, "generate": run_generate, "check-export": run_check_export}
-    try:
-        return commands[args.command](args, console)
-    except (UserError, DataError, CheckpointError) as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        return 2
-    except TrainingError as error:
-        Console(stderr=True, highlight=False).print(
-            f"[bold red]training stopped:[/] {escape(str(error))}", soft_wrap=True
-        )
-        return 1
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted")
-        return 130
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
-        return 128 + signal.SIGPIPE
-    except OSError as error:
-        fault = f"{error.strerror}: {error.filename!r}" if error.filename else str(error)
-        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(fault)}", soft_wrap=True)
-        return 2
 
 
 # -- demo ------------------------------------------------------------------------------------------------------------

@@ -171,6 +171,10 @@ class Attention(SequenceMixer):
         # A pad sees itself: a row with no key at all would be NaN, and NaN in one row can spread through gradients.
         return ((causal & real_BL.to(torch.bool)[:, None, :]) | (key == query))[:, None]
 
+    def mixing_flops(self, context: int) -> int:
+        """See `SequenceMixer.mixing_flops`: q kᵀ and the sum of values over all tokens up to this one."""
+        return 4 * self.num_heads * self.head_dim * context
+
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}/{self.num_kv_heads}, head_dim={self.head_dim}, rope_theta={self.rope_theta}"
 

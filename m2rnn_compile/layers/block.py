@@ -3,13 +3,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .mixer import Cache, SequenceMixer
+from .moe import MoE
 from .norm import RMSNorm
+
+
+class BlockOutput(NamedTuple):
+    """What a block gives on.
+
+    Attributes:
+        x: the residual stream, ``[B, T, hidden_size]``.
+        cache: the mixer's new cache; None if none was given.
+        aux_loss: scalar, of a mixture of experts in training mode; else None.
+    """
+
+    x: Tensor
+    cache: Cache | None
+    aux_loss: Tensor | None
 
 
 class Block(nn.Module):
@@ -18,7 +33,7 @@ class Block(nn.Module):
     Args:
         hidden_size: width of the residual stream.
         sequence_mixer: any `SequenceMixer`.
-        mlp_block: a module ``[B, T, hidden_size] -> [B, T, hidden_size]``.
+        mlp_block: a module ``[B, T, hidden_size] -> [B, T, hidden_size]``, or a `MoE`.
     """
 
     def __init__(
@@ -37,10 +52,13 @@ class Block(nn.Module):
         self.ln_2 = RMSNorm(hidden_size, eps=norm_eps, device=device, dtype=dtype)
         self.mlp_block = mlp_block
 
-    def forward(self, x: Tensor, *, cache: Cache | None = None, **layout: Any) -> Tensor | tuple[Tensor, Cache]:
-        """As `SequenceMixer.forward`: y, or (y, new_cache) if a cache was given."""
+    def forward(self, x: Tensor, *, cache: Cache | None = None, **layout: Any) -> BlockOutput:
+        """Run the block; arguments as in `SequenceMixer.forward`."""
         mixed = self.sequence_mixer(self.ln_1(x), cache=cache, **layout)
         mixed, new_cache = (mixed, None) if cache is None else mixed
         x = x + mixed
-        x = x + self.mlp_block(self.ln_2(x))
-        return x if cache is None else (x, new_cache)
+        if isinstance(self.mlp_block, MoE):
+            y, aux_loss = self.mlp_block(self.ln_2(x), attention_mask=layout.get("attention_mask"))
+        else:
+            y, aux_loss = self.mlp_block(self.ln_2(x)), None
+        return BlockOutput(x + y, new_cache, aux_loss)

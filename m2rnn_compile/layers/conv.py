@@ -13,12 +13,13 @@ from .mixer import check_rows, positions_in_sequence
 class CausalConv(nn.Module):
     """``y_t = Σ_j weight[:, 0, width - 1 - j] · x_{t-j}`` for each channel; x is zero before a sequence starts.
 
-    No bias. The weight is stored as ``nn.Conv1d`` stores it, ``[C, 1, width]``, the last tap being the current step.
-    Sums are taken in fp32 (fp64 for fp64 inputs).
+    A bias is added where asked for (Mamba-2). The weight is stored as ``nn.Conv1d`` stores it, ``[C, 1, width]``, the
+    last tap being the current step. Sums are taken in fp32 (fp64 for fp64 inputs).
 
     Args:
         channels: C.
         width: taps; 4 in the released models.
+        bias: add one, starting at zero.
         init_std: standard deviation of the initial weights.
     """
 
@@ -27,6 +28,7 @@ class CausalConv(nn.Module):
         channels: int,
         width: int = 4,
         *,
+        bias: bool = False,
         init_std: float = 0.02,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -36,10 +38,13 @@ class CausalConv(nn.Module):
             raise ValueError(f"CausalConv: `width` must be at least 1, got {width}")
         self.channels, self.width, self.init_std = channels, width, init_std
         self.weight = nn.Parameter(torch.empty(channels, 1, width, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.init_std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(
         self,
@@ -92,6 +97,8 @@ class CausalConv(nn.Module):
         y = shifted[0].to(acc) * w[:, -1]
         for j in range(1, self.width):
             y = y + shifted[j].to(acc) * w[:, self.width - 1 - j]
+        if self.bias is not None:
+            y = y + self.bias.to(acc)
         return y.to(shifted[0].dtype)
 
     def _forward_packed(

@@ -74,9 +74,12 @@ class DecayGate(nn.Module):
 
     def forward(self, x_f: Tensor) -> Tensor:
         """x_f ``[..., Nf]`` gives f of the same shape in fp32 (fp64 for fp64 inputs)."""
+        return torch.exp(self.log(x_f))
+
+    def log(self, x_f: Tensor) -> Tensor:
+        """log f, which the linear recurrences take."""
         acc = torch.promote_types(x_f.dtype, torch.float32)
-        rate = torch.exp(self.A_log.to(acc)) * F.softplus(x_f.to(acc) + self.dt_bias.to(acc))
-        return torch.exp(-rate)
+        return -torch.exp(self.A_log.to(acc)) * F.softplus(x_f.to(acc) + self.dt_bias.to(acc))
 
 
 class M2RNN(SequenceMixer):
@@ -333,6 +336,10 @@ class M2RNN(SequenceMixer):
         o = y_BTNV + self.D * _repeat_heads(v_BTNV, N)
         o = o * F.silu(_repeat_heads(g.unflatten(-1, (self.num_g_heads, self.value_dim)), N))
         return self.output_projection(self.g_norm(o.flatten(-2)))
+
+    def mixing_flops(self, context: int) -> int:
+        """See `SequenceMixer.mixing_flops`: H W, k vᵀ and Hᵀ q."""
+        return 2 * self.num_heads * self.key_dim * self.value_dim * (self.value_dim + 2)
 
     def extra_repr(self) -> str:
         sizes = f"N={self.num_heads}, K={self.key_dim}, V={self.value_dim}"

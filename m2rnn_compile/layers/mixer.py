@@ -43,6 +43,24 @@ class SequenceMixer(nn.Module):
     ) -> Tensor | tuple[Tensor, Cache]:
         raise NotImplementedError
 
+    def mixing_flops(self, context: int) -> int:
+        """FLOPs of one token besides those of the projections, `context` tokens into its sequence.
+
+        A multiply-add counts as two; pointwise work and the width-4 conv do not count.
+        """
+        raise NotImplementedError
+
+
+def check_sizes(owner: str, **sizes: int) -> None:
+    """Check that all sizes are at least 1.
+
+    Raises:
+        ValueError: naming the one that is not.
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{owner}: `{name}` must be at least 1, got {size}")
+
 
 def check_layout(owner: str, x: Tensor, width: int, cu_seqlens: Tensor | None, attention_mask: Tensor | None) -> None:
     """Check the arguments that all mixers share. Looks at metadata only, so it runs under `torch.compile`.

@@ -1,20 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hybrid language models: configs, generation, checkpoints, data and training.
+"""Hybrid language models: configs, presets, generation, checkpoints, data and training.
 
-Importing this needs torch only; `checkpoint` loads safetensors and `display` loads rich when they are first used.
+Importing this needs torch only; `checkpoint` loads safetensors, `display` loads rich and `hf` loads transformers when
+they are first used.
 """
 
-from .config import AttentionConfig, LMConfig, M2RNNConfig
+from .config import (
+    AttentionConfig,
+    GatedDeltaNetConfig,
+    GRUConfig,
+    LMConfig,
+    M2RNNConfig,
+    Mamba2Config,
+    MoEConfig,
+    VectorRNNConfig,
+)
 from .generation import generate, stream
-from .lm import MIXERS, HybridLM, build_mixer
+from .lm import HybridLM
+from .mixers import MIXERS, build_mixer
+from .pattern import expand
+from .presets import PRESETS, miniature, preset
+from .statistics import ModelStatistics, statistics
+from .swap import Swap, swap_layer
 
 __all__ = [
     "MIXERS",
+    "PRESETS",
     "AttentionConfig",
+    "GRUConfig",
+    "GatedDeltaNetConfig",
     "HybridLM",
     "LMConfig",
     "M2RNNConfig",
+    "Mamba2Config",
+    "MoEConfig",
+    "ModelStatistics",
+    "Swap",
+    "VectorRNNConfig",
     "build_mixer",
+    "expand",
     "generate",
+    "miniature",
+    "preset",
+    "statistics",
     "stream",
+    "swap_layer",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class M2RNNConfig:
-    """Arguments of `layers.M2RNN`; None means `num_heads`."""
+    """Arguments of `layers.M2RNN` (letter M); None means `num_heads`."""
 
     num_heads: int = 84
     key_dim: int = 64
@@ -25,13 +25,67 @@ class M2RNNConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GatedDeltaNetConfig:
+    """Arguments of `layers.GatedDeltaNet` (letter G)."""
+
+    num_heads: int = 2
+    key_dim: int = 256
+    value_dim: int = 512
+    use_gate: bool = True
+    allow_neg_eigval: bool = False
+    conv_size: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """Arguments of `layers.Attention`. Hybrids use no positions; the transformer baseline uses RoPE, theta 10,000."""
+    """Arguments of `layers.Attention` (letter A). Hybrids use no positions; the transformer baseline RoPE, θ 10,000."""
 
     num_heads: int = 16
     num_kv_heads: int | None = None
     head_dim: int | None = None
     rope_theta: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Mamba2Config:
+    """Arguments of `layers.Mamba2` (letter 2)."""
+
+    num_heads: int = 64
+    state_size: int = 216
+    intermediate_size: int | None = 1216
+    num_groups: int = 1
+    conv_size: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class VectorRNNConfig:
+    """Arguments of `layers.VectorRNN` (letter R)."""
+
+    num_heads: int = 85
+    head_dim: int = 16
+    conv_size: int = 4
+    state_grad_clip: float | None = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class GRUConfig:
+    """Arguments of `layers.GRU` (letter U)."""
+
+    num_heads: int = 85
+    head_dim: int = 16
+    conv_size: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """Arguments of `layers.MoE`, and the weight of its auxiliary loss (summed over layers) in the training loss."""
+
+    num_experts: int = 128
+    top_k: int = 8
+    expert_size: int = 256
+    shared_size: int = 1024
+    normalize_top_k: bool = True
+    aux_loss_weight: float = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,22 +95,30 @@ class LMConfig:
     Attributes:
         vocab_size: 256 for bytes.
         hidden_size: width of the residual stream.
-        pattern: one letter a layer: M (M²RNN) or A (softmax attention), e.g. "MMMMAMMM".
-        mlp_size: width of each half of the SwiGLU.
-        m2rnn, attention: of every layer with that letter.
+        pattern: one letter a layer, e.g. "MMMMAMMM"; see `models.MIXERS` for the letters and `pattern.expand` for rules
+            such as "24G, A every 8 from 4, M at 0".
+        mlp_size: width of each half of the SwiGLU; not used (0) with `moe`.
+        moe: a mixture of experts instead of the SwiGLU, in every layer.
+        m2rnn, attention, gated_deltanet, mamba2, vector_rnn, gru: of every layer with that letter.
         norm_eps: of all RMSNorms.
     """
 
     vocab_size: int
     hidden_size: int
     pattern: str
-    mlp_size: int
+    mlp_size: int = 0
     m2rnn: M2RNNConfig = M2RNNConfig()
     attention: AttentionConfig = AttentionConfig()
     norm_eps: float = 1e-5
+    gated_deltanet: GatedDeltaNetConfig = GatedDeltaNetConfig()
+    mamba2: Mamba2Config = Mamba2Config()
+    vector_rnn: VectorRNNConfig = VectorRNNConfig()
+    gru: GRUConfig = GRUConfig()
+    moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "mlp_size"):
+        needed = ("vocab_size", "hidden_size") + (("mlp_size",) if self.moe is None else ())
+        for name in needed:
             if getattr(self, name) < 1:
                 raise ValueError(f"LMConfig: `{name}` must be at least 1, got {getattr(self, name)}")
         if not self.pattern:
@@ -77,10 +139,18 @@ class LMConfig:
         Raises:
             ValueError: naming the keys that are unknown or missing.
         """
-        nested = {"m2rnn": M2RNNConfig, "attention": AttentionConfig}
-        values = dict(values)
+        nested = dict(
+            m2rnn=M2RNNConfig,
+            attention=AttentionConfig,
+            gated_deltanet=GatedDeltaNetConfig,
+            mamba2=Mamba2Config,
+            vector_rnn=VectorRNNConfig,
+            gru=GRUConfig,
+            moe=MoEConfig,
+        )
+        values = dict(values) if isinstance(values, dict) else values
         for name, kind in nested.items():
-            if name in values:
+            if isinstance(values, dict) and name in values and not (name == "moe" and values[name] is None):
                 values[name] = _build(kind, values[name], f"LMConfig.{name}")
         return _build(cls, values, "LMConfig")
 

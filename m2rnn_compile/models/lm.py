@@ -4,55 +4,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import M2RNN, Attention, Block, Cache, RMSNorm, SequenceMixer, SwiGLU
+from ..layers import Block, Cache, MoE, RMSNorm, SequenceMixer, SwiGLU
 from .config import LMConfig
-
-
-def _m2rnn(config: LMConfig, impl: str, factory: dict[str, Any]) -> SequenceMixer:
-    return M2RNN(
-        config.hidden_size,
-        **dataclasses.asdict(config.m2rnn),
-        norm_eps=config.norm_eps,
-        init_num_layers=config.num_layers,
-        impl=impl,
-        **factory,
-    )
-
-
-def _attention(config: LMConfig, impl: str, factory: dict[str, Any]) -> SequenceMixer:
-    return Attention(
-        config.hidden_size, **dataclasses.asdict(config.attention), init_num_layers=config.num_layers, **factory
-    )
-
-
-# Letter of a pattern -> builder (config, impl of the recurrence, factory keywords) -> mixer. A mixer joins by one
-# entry.
-MIXERS: dict[str, Callable[[LMConfig, str, dict[str, Any]], SequenceMixer]] = {"M": _m2rnn, "A": _attention}
-
-
-def build_mixer(
-    letter: str,
-    config: LMConfig,
-    *,
-    impl: str = "auto",
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> SequenceMixer:
-    """The mixer that `letter` stands for.
-
-    Raises:
-        ValueError: no mixer has that letter, or the config does not fit it.
-    """
-    if letter not in MIXERS:
-        raise ValueError(f"pattern {config.pattern!r}: no mixer has the letter {letter!r}; known are {sorted(MIXERS)}")
-    return MIXERS[letter](config, impl, dict(device=device, dtype=dtype))
+from .mixers import build_mixer
 
 
 class Trunk(nn.Module):
@@ -67,7 +27,7 @@ class HybridLM(nn.Module):
     """A language model over token ids; parameter names as in the released checkpoints, head tied to the embedding.
 
     Args:
-        config: see `LMConfig`.
+        config: see `LMConfig`; `preset(name)` gives the paper's.
         impl: implementation of the M²RNN recurrence, see `m2rnn`.
         device, dtype: of the parameters (decay gates stay fp32). "meta" builds without memory.
     """
@@ -81,13 +41,13 @@ class HybridLM(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.impl = config, impl
         factory: dict[str, Any] = dict(device=device, dtype=dtype)
         blocks = [
             Block(
                 config.hidden_size,
                 build_mixer(letter, config, impl=impl, **factory),
-                SwiGLU(config.hidden_size, config.mlp_size, init_num_layers=config.num_layers, **factory),
+                _build_mlp(config, factory),
                 norm_eps=config.norm_eps,
                 **factory,
             )
@@ -100,12 +60,16 @@ class HybridLM(nn.Module):
         )
         nn.init.normal_(self.transformer.wte.weight, std=0.02)
 
+    @property
+    def mixers(self) -> list[SequenceMixer]:
+        """The sequence mixer of every layer."""
+        return [cast(Block, block).sequence_mixer for block in self.transformer.h]
+
     def init_cache(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> tuple[Cache, ...]:
         """Empty decode caches, one a layer, for `batch_size` sequences."""
-        mixers = [cast(Block, block).sequence_mixer for block in self.transformer.h]
-        return tuple(mixer.init_cache(batch_size, device=device, dtype=dtype) for mixer in mixers)
+        return tuple(mixer.init_cache(batch_size, device=device, dtype=dtype) for mixer in self.mixers)
 
     def forward(
         self,
@@ -131,6 +95,18 @@ class HybridLM(nn.Module):
         Raises:
             TypeError, ValueError: arguments that do not fit.
         """
+        if logits_to_keep is not None and logits_to_keep < 1:
+            raise ValueError(f"HybridLM: `logits_to_keep` must be at least 1 or None, got {logits_to_keep}")
+        x, new_cache, _ = self._run(tokens, cache, cu_seqlens=cu_seqlens, attention_mask=attention_mask)
+        if logits_to_keep is not None:
+            x = x[:, -logits_to_keep:]
+        logits = self._head(x)
+        return logits if cache is None else (logits, new_cache)
+
+    def _run(
+        self, tokens: Tensor, cache: tuple[Cache, ...] | None, **layout: Tensor | None
+    ) -> tuple[Tensor, tuple[Cache, ...], list[Tensor]]:
+        """The residual stream after the last block, the new caches, and the blocks' auxiliary losses."""
         if tokens.dim() != 2 or tokens.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"HybridLM: `tokens` must be integers [B, T], int32 or int64, got {tokens.dtype} of shape "
@@ -141,21 +117,20 @@ class HybridLM(nn.Module):
                 f"HybridLM: `cache` must hold one entry for each of the {len(self.transformer.h)} layers, got "
                 f"{len(cache)}; start from init_cache"
             )
-        if logits_to_keep is not None and logits_to_keep < 1:
-            raise ValueError(f"HybridLM: `logits_to_keep` must be at least 1 or None, got {logits_to_keep}")
         x = self.transformer.wte(tokens)
         new_cache: list[Cache] = []
+        aux_losses: list[Tensor] = []
         for i, block in enumerate(self.transformer.h):
-            layout: dict[str, Any] = dict(cu_seqlens=cu_seqlens, attention_mask=attention_mask)
-            if cache is None:
-                x = block(x, **layout)
-            else:
-                x, layer_cache = block(x, cache=cache[i], **layout)
-                new_cache.append(layer_cache)
-        if logits_to_keep is not None:
-            x = x[:, -logits_to_keep:]
-        logits = F.linear(self.transformer.ln_f(x), self.transformer.wte.weight)
-        return logits if cache is None else (logits, tuple(new_cache))
+            out = block(x, cache=None if cache is None else cache[i], **layout)
+            x = out.x
+            if cache is not None:
+                new_cache.append(out.cache)
+            if out.aux_loss is not None:
+                aux_losses.append(out.aux_loss)
+        return x, tuple(new_cache), aux_losses
+
+    def _head(self, x: Tensor) -> Tensor:
+        return F.linear(self.transformer.ln_f(x), self.transformer.wte.weight)
 
     def loss(
         self,
@@ -168,15 +143,40 @@ class HybridLM(nn.Module):
     ) -> Tensor:
         """Cross-entropy in nats, taken in fp32 (fp64 for fp64 models).
 
+        In training mode a mixture of experts adds its auxiliary loss to the mean or the sum (there once a target).
+
         Args:
             tokens: ``[B, T]``.  targets: int64 ``[B, T]``, the token after each; -100 is left out.
-            reduction: "mean", "sum" or "none" (``[B, T]``).
+            reduction: "mean", "sum" or "none" (``[B, T]``, without the auxiliary loss).
         """
-        logits = self(tokens, cu_seqlens=cu_seqlens, attention_mask=attention_mask)
+        x, _, aux_losses = self._run(tokens, None, cu_seqlens=cu_seqlens, attention_mask=attention_mask)
+        logits = self._head(x)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
-        return nll.view_as(targets) if reduction == "none" else nll
+        if reduction == "none":
+            return nll.view_as(targets)
+        if aux_losses and self.config.moe is not None:
+            count = 1 if reduction == "mean" else (targets != -100).sum()
+            nll = nll + self.config.moe.aux_loss_weight * torch.stack(aux_losses).sum() * count
+        return nll
 
     def num_parameters(self) -> int:
         """Parameters, tied ones once."""
         return sum(p.numel() for p in self.parameters())
+
+    def num_active_parameters(self) -> int:
+        """Parameters that one token meets: of the routed experts, `top_k` of `num_experts`."""
+        idle = 0
+        for module in self.modules():
+            if isinstance(module, MoE):
+                experts = module.c_fc.weight.numel() + module.c_proj.weight.numel()
+                idle += experts // module.num_experts * (module.num_experts - module.top_k)
+        return self.num_parameters() - idle
+
+
+def _build_mlp(config: LMConfig, factory: dict[str, Any]) -> nn.Module:
+    if config.moe is None:
+        return SwiGLU(config.hidden_size, config.mlp_size, init_num_layers=config.num_layers, **factory)
+    options = dataclasses.asdict(config.moe)
+    del options["aux_loss_weight"]
+    return MoE(config.hidden_size, **options, init_num_layers=config.num_layers, **factory)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the layers' own ops share: gradients taken inside an op, and packed sequences as a padded batch.
+
+A loop over time (or over chunks of it) written in torch is traced by `torch.compile` step by step, so its graph grows
+with T and is compiled anew for every T. Such loops are therefore wrapped in an op each, whose backward runs the same
+loop again under autograd. That costs a second forward and saves every intermediate of the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast would reach into an op and take its fp32 products in bf16."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def gradients(
+    fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Any], grad_outputs: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients of ``fn(*inputs)`` with respect to its floating-point tensors (None for the others).
+
+    For use inside of an op, where autograd is switched off.
+    """
+    on = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with torch.enable_grad(), on:
+        leaves = [x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+        wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+        pairs = [(o, g) for o, g in zip(fn(*leaves), grad_outputs, strict=True) if o.requires_grad]
+        outputs, grads = [o for o, _ in pairs], [g for _, g in pairs]
+        found = iter(torch.autograd.grad(outputs, wanted, grads, materialize_grads=True, allow_unused=True))
+    return [next(found).contiguous() if isinstance(x, Tensor) and x.requires_grad else None for x in leaves]
+
+
+class Packing:
+    """Packed sequences ``[1, T, ...]`` as a batch ``[S, longest, ...]`` filled up with zeros on the right, and back.
+
+    The length of the batch depends on the values of `cu_seqlens`, so this is for use inside of an op.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, T: int) -> None:
+        lengths = cu_seqlens.diff().to(torch.int64)
+        self.sequences, self.longest = lengths.shape[0], int(lengths.max())
+        self.row = torch.repeat_interleave(torch.arange(self.sequences, device=cu_seqlens.device), lengths)
+        self.step = torch.arange(T, device=cu_seqlens.device) - cu_seqlens.to(torch.int64)[self.row]
+
+    def pad(self, x_1T: Tensor) -> Tensor:
+        x = x_1T.new_zeros(self.sequences, self.longest, *x_1T.shape[2:])
+        return x.index_put((self.row, self.step), x_1T[0])
+
+    def pack(self, x_ST: Tensor) -> Tensor:
+        return x_ST[self.row, self.step][None]

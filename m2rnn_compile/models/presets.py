@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's models by name: ``HybridLM(preset("hybrid-m2rnn-410m"))``."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+
+from .config import (
+    AttentionConfig,
+    GatedDeltaNetConfig,
+    GRUConfig,
+    LMConfig,
+    M2RNNConfig,
+    Mamba2Config,
+    MoEConfig,
+    VectorRNNConfig,
+)
+from .pattern import expand
+
+ROPE_THETA = 10_000.0
+DENSE_410M = LMConfig(vocab_size=100_352, hidden_size=1024, pattern="M" * 24, mlp_size=2752)
+MOE_7B = LMConfig(
+    vocab_size=100_352,
+    hidden_size=1536,
+    pattern="M" * 40,
+    m2rnn=M2RNNConfig(num_heads=132),
+    attention=AttentionConfig(num_heads=24),
+    gated_deltanet=GatedDeltaNetConfig(num_heads=3),
+    moe=MoEConfig(),
+)
+
+
+def _family(base: LMConfig, suffix: str, swaps_before_attention: int) -> dict[str, LMConfig]:
+    n = base.num_layers
+    hybrid = "A every 8 from 4"
+    rules = {
+        "m2rnn": f"{n}M",
+        "gated-deltanet": f"{n}G",
+        "softmax": f"{n}A",
+        "hybrid-m2rnn": f"{n}M, {hybrid}",
+        "hybrid-gated-deltanet": f"{n}G, {hybrid}",
+        "hybrid-gated-deltanet+1": f"{n}G, {hybrid}, M at 0",
+        f"hybrid-gated-deltanet+{swaps_before_attention}": f"{n}G, {hybrid}, M before A",
+    }
+    configs = {f"{name}-{suffix}": dataclasses.replace(base, pattern=expand(rule)) for name, rule in rules.items()}
+    # Only the transformer baseline knows positions.
+    rope = dataclasses.replace(base.attention, rope_theta=ROPE_THETA)
+    configs[f"softmax-{suffix}"] = dataclasses.replace(configs[f"softmax-{suffix}"], attention=rope)
+    return configs
+
+
+PRESETS: dict[str, LMConfig] = _family(DENSE_410M, "410m", 3) | _family(MOE_7B, "7b", 5)
+
+
+def preset(name: str) -> LMConfig:
+    """The config of a named model.
+
+    Raises:
+        ValueError: no preset has that name; the nearest names are given.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, 3, 0.4) or sorted(PRESETS)
+        raise ValueError(f"no preset is called {name!r}; did you mean {', '.join(near)}? See `PRESETS` for all")
+    return PRESETS[name]
+
+
+def miniature(config: LMConfig, *, layers: int | None = None, hidden_size: int = 32, vocab_size: int = 256) -> LMConfig:
+    """The same kinds of layers in the same order, small enough for a laptop or a test.
+
+    Args:
+        layers: keep the first so many (default: up to 8, which holds one period of every hybrid).
+        hidden_size: a multiple of 16.
+        vocab_size: 256 for bytes.
+    """
+    pattern = config.pattern[: min(8, config.num_layers) if layers is None else layers]
+    heads = max(1, hidden_size // 16)
+    return dataclasses.replace(
+        config,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        pattern=pattern,
+        mlp_size=0 if config.moe else 2 * hidden_size,
+        m2rnn=M2RNNConfig(num_heads=2 * heads, key_dim=16, value_dim=8, state_grad_clip=config.m2rnn.state_grad_clip),
+        attention=dataclasses.replace(config.attention, num_heads=heads, num_kv_heads=None, head_dim=None),
+        gated_deltanet=dataclasses.replace(config.gated_deltanet, num_heads=2, key_dim=16, value_dim=16),
+        mamba2=Mamba2Config(num_heads=heads, state_size=16, intermediate_size=hidden_size),
+        vector_rnn=VectorRNNConfig(num_heads=heads, head_dim=8),
+        gru=GRUConfig(num_heads=heads, head_dim=8),
+        moe=config.moe and dataclasses.replace(config.moe, num_experts=8, top_k=2, expert_size=16, shared_size=32),
+    )

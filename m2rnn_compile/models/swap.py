@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replace one layer's mixer in an existing model, and keep everything else."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+
+from ..layers import Cache, param_groups
+from .lm import HybridLM
+from .mixers import MIXERS, build_mixer
+
+
+class Swap(NamedTuple):
+    """What `swap_layer` changed; printing it says so.
+
+    Attributes:
+        layer: its index.
+        old, new: letters of the mixer before and after.
+        pattern: of the model now.
+        removed, added: parameter names.
+        parameters: of the model now; `difference` is how many more than before.
+        cache: the given caches with that layer's emptied, or None.
+    """
+
+    layer: int
+    old: str
+    new: str
+    pattern: str
+    removed: tuple[str, ...]
+    added: tuple[str, ...]
+    parameters: int
+    difference: int
+    cache: tuple[Cache, ...] | None
+
+    def __str__(self) -> str:
+        return (
+            f"layer {self.layer}: {MIXERS[self.old].title} -> {MIXERS[self.new].title}; pattern {self.pattern}; "
+            f"{len(self.removed)} tensors out, {len(self.added)} in; {self.parameters:,} parameters "
+            f"({self.difference:+,})"
+        )
+
+
+def swap_layer(
+    model: HybridLM,
+    index: int,
+    letter: str,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    cache: tuple[Cache, ...] | None = None,
+    impl: str | None = None,
+) -> Swap:
+    """Put a newly initialised mixer into layer `index` of `model`, in place.
+
+    All other weights stay the same tensors; the layer's norm and MLP too. Device, dtype, training mode and
+    ``requires_grad`` are the old mixer's. `model.config.pattern` follows.
+
+    Args:
+        letter: see `models.MIXERS`.
+        optimizer: drop the old mixer's parameters and their state from it and add the new ones, each to the first group
+            of the right kind (with or without weight decay); everything else in it stays.
+        cache: decode caches of the model; come back in the result with this layer's emptied.
+        impl: of the M²RNN recurrence; default the model's.
+
+    Raises:
+        IndexError: there is no such layer.
+        ValueError: no mixer has that letter; or a group of the optimizer for the new parameters is missing.
+    """
+    config = model.config
+    if not 0 <= index < config.num_layers:
+        raise IndexError(f"swap_layer: `index` must be from 0 to {config.num_layers - 1}, got {index}")
+    block: Any = model.transformer.h[index]
+    old = block.sequence_mixer
+    weight = next(p for p in old.parameters() if p.dim() == 2)
+    pattern = config.pattern[:index] + letter + config.pattern[index + 1 :]
+    new_config = dataclasses.replace(config, pattern=pattern)
+    new = build_mixer(letter, new_config, impl=impl or model.impl, device=weight.device, dtype=weight.dtype)
+    new.train(old.training).requires_grad_(weight.requires_grad)
+    prefix = f"transformer.h.{index}.sequence_mixer."
+    removed, added = dict(old.named_parameters()), dict(new.named_parameters())
+    if optimizer is not None:
+        _swap_parameters(optimizer, old, new, prefix)
+    before = model.num_parameters()
+    block.sequence_mixer = new
+    model.config = new_config
+    if cache is not None:
+        rows = next(x for x in torch.utils._pytree.tree_leaves(cache)).shape[0]
+        cache = (*cache[:index], new.init_cache(rows), *cache[index + 1 :])
+    return Swap(
+        layer=index,
+        old=config.pattern[index],
+        new=letter,
+        pattern=pattern,
+        removed=tuple(prefix + name for name in removed),
+        added=tuple(prefix + name for name in added),
+        parameters=model.num_parameters(),
+        difference=model.num_parameters() - before,
+        cache=cache,
+    )
+
+
+def _swap_parameters(optimizer: torch.optim.Optimizer, old: torch.nn.Module, new: torch.nn.Module, prefix: str) -> None:
+    """Parameters of `new` for those of `old`, in groups with the same say about weight decay."""
+    targets = []
+    for made in param_groups(new, weight_decay=1.0):
+        decayed = made["weight_decay"] > 0
+        fitting = [g for g in optimizer.param_groups if (g["weight_decay"] > 0) == decayed]
+        if all(g["weight_decay"] == 0 for g in optimizer.param_groups):
+            fitting = optimizer.param_groups  # no weight decay at all
+        if not fitting:
+            raise ValueError(
+                f"swap_layer: the optimizer has no group {'with' if decayed else 'without'} weight decay for "
+                f"{made['param_names'][0]!r}; make its groups with layers.param_groups"
+            )
+        targets.append((fitting[0], made))
+    gone = {id(p) for p in old.parameters()}
+    for group in optimizer.param_groups:
+        names = group.get("param_names")
+        if names is not None:
+            group["param_names"] = [n for n, p in zip(names, group["params"], strict=True) if id(p) not in gone]
+        group["params"] = [p for p in group["params"] if id(p) not in gone]
+    for p in list(old.parameters()):
+        optimizer.state.pop(p, None)
+    for group, made in targets:
+        group["params"].extend(made["params"])
+        if "param_names" in group:
+            group["param_names"].extend(prefix + name for name in made["param_names"])

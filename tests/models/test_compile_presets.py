@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every preset, scaled down: one graph, at most two compilations over ten lengths, compiled as accurate as eager."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from m2rnn_compile.models import HybridLM, miniature, preset
+from m2rnn_compile.testing.judge import assert_accurate
+from tests.layers.equations import assert_same
+
+# Each preset by the kinds of layers it has, and what stands beside what.
+PATTERNS = {
+    "m2rnn-410m": "M",
+    "gated-deltanet-410m": "G",
+    "softmax-410m": "A",
+    "hybrid-m2rnn-410m": "MAM",
+    "hybrid-gated-deltanet-410m": "GAG",
+    "hybrid-gated-deltanet+1-410m": "MGA",
+    "hybrid-gated-deltanet+3-410m": "GMA",
+    "hybrid-gated-deltanet+5-7b": "GMA",
+}
+
+
+def small(name, dtype=torch.float32):
+    assert set(PATTERNS[name]) == set(preset(name).pattern)
+    config = miniature(preset(name), hidden_size=16, vocab_size=64)
+    torch.manual_seed(0)
+    model = HybridLM(dataclasses.replace(config, pattern=PATTERNS[name]), dtype=dtype)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if p.dim() >= 2 and "state_weight" not in n and not n.endswith(".D"):
+                p.mul_(5)
+    return model
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_one_graph_and_at_most_two_compilations(name):
+    model = small(name)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model.loss, fullgraph=True, backend=counter)
+    for i, T in enumerate((9, 16, 5, 33, 21, 70, 7, 12, 30, 11)):
+        x, y = torch.randint(0, 64, (2, 2, T))
+        got, expected = compiled(x, y), model.loss(x, y)
+        assert_same(got, expected)
+        if i in (0, 5):
+            params = list(model.parameters())
+            for pair in zip(*(torch.autograd.grad(loss, params) for loss in (got, expected)), strict=True):
+                assert_same(*pair, roundings=4000)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hybrid-gated-deltanet+5-7b"])
+def test_inductor_keeps_the_accuracy_rule(name):
+    """Logits and every gradient, in fp32 through Inductor, against the same model in fp64."""
+    x, dy = torch.randint(0, 64, (2, 21)), torch.randn(2, 21, 64)
+
+    def run(model, call):
+        model.eval()  # the experts a token is sent to must be the same in every precision: no auxiliary loss
+        y = call(x)
+        grads = torch.autograd.grad(y, list(model.parameters()), dy.to(y.dtype))
+        return {"y": y.detach()} | dict(zip((n for n, _ in model.named_parameters()), grads, strict=True))
+
+    model, truth = small(name), small(name, torch.float64)
+    truth.load_state_dict(model.state_dict())
+    eager = run(model, model)
+    assert_accurate(run(model, torch.compile(model, fullgraph=True)), run(truth, truth), eager)

@@ -5,8 +5,8 @@
     python examples/deploy.py runs/demo
 
 Writes model.aoti.pt2 (AOTInductor: the compiled model with its weights) and libm2rnn_runtime.so (the op, in C++) into
-the folder. Then a fresh process, in which m2rnn_compile cannot be imported, loads the two and compares the logits with those
-that the demo recorded in training's process.
+the folder. Then a fresh process, in which m2rnn_compile cannot be imported, loads the two and compares the logits with
+those that the demo recorded in training's process.
 """
 
 import subprocess

@@ -51,11 +51,18 @@ def fused_scan_flops(q: Any, k: Any, v: Any, f: Any, W: Any, *args: Any, **kwarg
     return scan_flops(q, k, v, f, W)
 
 
+def fused_scan_packed_flops(qkv: Any, sizes: Any, f: Any, W: Any, *args: Any, **kwargs: Any) -> int:
+    """`scan_flops` with q | k | v in one tensor."""
+    (B, T, _), (Nq, Nk, Nv, K, V) = qkv, sizes
+    return scan_flops((B, T, Nq, K), (B, T, Nk, K), (B, T, Nv, V), f, W)
+
+
 def _register(flop_counter: ModuleType) -> None:
     formulas = {
         torch.ops.m2rnn.scan: scan_flops,
         torch.ops.m2rnn.scan_backward: scan_backward_flops,
         torch.ops.m2rnn.fused_scan: fused_scan_flops,
+        torch.ops.m2rnn.fused_scan_packed: fused_scan_packed_flops,
         torch.ops.m2rnn.step: step_flops,
         torch.ops.m2rnn.decode_step: decode_step_flops,
     }

@@ -59,6 +59,27 @@ def test_opcheck(case: str, layout: str) -> None:
         )
 
 
+@pytest.mark.parametrize("case", ["layer", "shared heads", "packed"])
+def test_one_tensor_for_q_k_and_v(case: str) -> None:
+    """opcheck, and the bits of the op with three tensors."""
+    x = make_fused(**CASES[case])
+    q, k, v = (x.tensors[n] for n in "qkv")
+    qkv = torch.cat([t.flatten(2) for t in (q, k, v)], -1).requires_grad_()
+    sizes = [q.shape[2], k.shape[2], v.shape[2], q.shape[3], v.shape[3]]
+    tensors = [x.tensors[n].requires_grad_() if n in x.tensors else None for n in TENSORS]
+    o = x.options
+    rest = (o["cu_seqlens"], 1.0, o["forget"], o["activation"], o["norm"], 1e-3, torch.float32, 64, "auto")
+    opcheck(torch.ops.m2rnn.fused_scan_packed.default, (qkv, sizes, *tensors[3:], *rest))
+    one = torch.ops.m2rnn.fused_scan_packed(qkv, sizes, *tensors[3:], *rest)
+    three = torch.ops.m2rnn.fused_scan(*tensors, *rest)
+    assert torch.equal(one[0], three[0])
+    (dqkv,) = torch.autograd.grad(one[0].square().sum(), qkv)
+    grads = torch.autograd.grad(three[0].square().sum(), tensors[:3])
+    assert torch.equal(dqkv, torch.cat([t.flatten(2) for t in grads], -1))
+    with pytest.raises((ValueError, RuntimeError), match="`qkv` must have shape"):
+        torch.ops.m2rnn.fused_scan_packed(qkv[..., 1:], sizes, *tensors[3:], *rest)
+
+
 def test_inference_keeps_nothing_for_a_backward() -> None:
     x = make_fused(**CASES["layer"])
     inputs = [x.tensors.get(n) for n in TENSORS]

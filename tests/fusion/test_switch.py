@@ -21,7 +21,7 @@ from m2rnn_compile.ops import fusion_switch
 from tests.fusion.compiling import fusion_on_cpu
 
 __all__ = ["fusion_on_cpu"]
-ALL = ("decay gate", "D ⊙ v", "SiLU(g)", "RMSNorm over N·V")
+ALL = ("q | k | v as one tensor", "decay gate", "D ⊙ v", "SiLU(g)", "RMSNorm over N·V")
 
 
 @pytest.fixture(autouse=True)

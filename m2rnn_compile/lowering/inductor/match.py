@@ -39,6 +39,7 @@ class Match:
     norm: str = "none"
     norm_weight: Node | None = None
     norm_eps: float = 1e-5
+    qkv: Node | None = None  # of which q, k and v are consecutive slices
     stopped: str = ""  # why the tail ends where it does
     prologue_stopped: str = ""
 
@@ -179,6 +180,28 @@ def match_prologue(m: Match) -> None:
             if _shape(x) == shape and _shape(bias) == _shape(A_log) == shape[-1:]:
                 m.forget, m.x_f, m.A_log, m.dt_bias, m.prologue_stopped = "decay", x, A_log, bias, ""
                 return
+
+
+# ---- q | k | v ------------------------------------------------------------------------------------------------------
+
+
+def match_packed(m: Match) -> None:
+    """q, k, v that are the three parts of one tensor [B, T, C], in this order, and of nothing else."""
+    parts = []
+    for x in m.scan.args[:3]:
+        if name(x) not in VIEWS:
+            return
+        x = x.args[0]
+        if name(x) != "getitem" or name(x.args[0]) not in ("split", "split_with_sizes"):
+            return
+        parts.append(x)
+    source = parts[0].args[0]
+    shape = _shape(source.args[0])
+    if any(p.args != (source, i) for i, p in enumerate(parts)) or shape is None or len(shape) != 3:
+        return
+    widths = [_shape(p) for p in parts]
+    if all(w is not None and len(w) == 3 for w in widths) and sum(w[2] for w in widths if w) == shape[2]:
+        m.qkv = source.args[0]
 
 
 # ---- the tail -------------------------------------------------------------------------------------------------------
@@ -448,6 +471,7 @@ def match(scan: Node) -> Match:
     m = Match(scan)
     outputs = {u.args[1]: u for u in scan.users if name(u) == "getitem"}
     match_prologue(m)
+    match_packed(m)
     y = outputs.get(0)
     shape = _shape(y)
     if y is None or shape is None:

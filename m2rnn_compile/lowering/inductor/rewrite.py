@@ -21,6 +21,7 @@ from ...ops.fusion_switch import FusionSettings
 from .match import SCAN, Match, match, name, value
 
 FUSED_SCAN = torch.ops.m2rnn.fused_scan.default
+FUSED_SCAN_PACKED = torch.ops.m2rnn.fused_scan_packed.default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,8 @@ def _fuse_one(graph: Graph, scan: Node, settings: FusionSettings) -> FusionRecor
     else:
         left.append(f"{m.prologue_parts()[0]}: one small pass either way, left to the compiler")
         m = dataclasses.replace(m, forget="none", x_f=None, A_log=None, dt_bias=None)
+    if m.qkv is not None:
+        parts.insert(0, "q | k | v as one tensor")
     record = _record(scan, m, parts, left)
     _replace(graph, m)
     return record
@@ -181,13 +184,15 @@ def _replace(graph: Graph, m: Match) -> None:
     with graph.inserting_before(last):
         D, weight = (_per_feature(graph, x, N, V) for x in (m.D, m.norm_weight))
         g = _heads_of(graph, m.g, V)
-        fused = graph.call_function(
-            FUSED_SCAN,
-            (
-                q, k, v, f if m.x_f is None else m.x_f, W, m.A_log, m.dt_bias, D, g, weight, initial_state, cu_seqlens,
-                clip, m.forget, m.activation, m.norm, m.norm_eps, dtype, chunk, impl,
-            ),
+        rest = (
+            f if m.x_f is None else m.x_f, W, m.A_log, m.dt_bias, D, g, weight, initial_state, cu_seqlens,
+            clip, m.forget, m.activation, m.norm, m.norm_eps, dtype, chunk, impl,
         )  # fmt: skip
+        if m.qkv is None:
+            fused = graph.call_function(FUSED_SCAN, (q, k, v, *rest))
+        else:
+            sizes = [value(q).shape[2], value(k).shape[2], value(v).shape[2], value(q).shape[3], V]
+            fused = graph.call_function(FUSED_SCAN_PACKED, (m.qkv, sizes, *rest))
         o_fake = y.new_empty(y.shape, dtype=dtype)
         fused.meta = dict(scan.meta)
         fused.meta["example_value"] = (o_fake, fakes[1], y, y.new_empty(0, dtype=fakes[1].dtype), fakes[2])
@@ -240,7 +245,7 @@ def _erase_dead(graph: Graph, n: Node) -> None:
         todo += inputs
     for getter in [x for x in graph.nodes if x.target is operator.getitem and not x.users]:
         source = getter.args[0]
-        if isinstance(source, Node) and source.target in (SCAN, FUSED_SCAN):
+        if isinstance(source, Node) and source.target in (SCAN, FUSED_SCAN, FUSED_SCAN_PACKED):
             graph.erase_node(getter)
             if source.target is SCAN and not source.users:
                 _erase_dead(graph, source)

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generation equals the uncached forward, alone and batched."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from m2rnn_compile.layers import select_rows
-from m2rnn_compile.models import generate, stream
+from m2rnn_compile.models import generate, miniature, preset, stream
 from m2rnn_compile.models.generation import left_pad, sample
 from tests.models.helpers import make_model
 
@@ -16,6 +18,26 @@ def uncached_argmax(model, prompt, new):
         for _ in range(new):
             x = torch.cat([x, model(x)[:, -1].argmax(-1, keepdim=True)], 1)
     return x
+
+
+KINDS = {"G": "GAG", "2": "2A", "R": "RA", "U": "UA", "MGA": "MGA", "MoE": "MA"}
+
+
+def model_of(kind):
+    """A small model with that kind of layer, and so with that kind of cache."""
+    config = miniature(preset("hybrid-gated-deltanet+5-7b" if kind == "MoE" else "hybrid-gated-deltanet+1-410m"))
+    return make_model(dataclasses.replace(config, pattern=KINDS[kind]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_cache_equals_the_uncached_forward(kind):
+    model = model_of(kind)
+    prompts = [torch.randint(0, 256, (n,)) for n in (70, 4)]
+    padded, mask = left_pad(prompts)
+    together = generate(model, padded, attention_mask=mask, max_new_tokens=5, prefill_chunk=33)[:, 70:]
+    for row, prompt in zip(together, prompts, strict=True):
+        assert torch.equal(row, uncached_argmax(model, prompt[None], 5)[0, len(prompt) :])
+    assert len(set(together.flatten().tolist())) > 3, "a degenerate continuation would prove little"
 
 
 @pytest.mark.parametrize("prefill_chunk", [None, 1, 3])

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face transformers: importing this module registers the models with `AutoModelForCausalLM` (extra `hf`).
+
+    import m2rnn_compile.models.hf
+    model = AutoModelForCausalLM.from_pretrained(folder)      # a folder of save_pretrained, or of weights.save_model
+    model.generate(**tokenizer("...", return_tensors="pt"), max_new_tokens=50, num_beams=4)
+
+Tensors have the names that `HybridLM` gives them, so the folders can be read by `weights.load_model` too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+    from transformers.configuration_utils import PreTrainedConfig
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+except ImportError as error:
+    raise ImportError(
+        "m2rnn_compile.models.hf needs transformers 5 (tested: 5.23.0); run: pip install 'm2rnn-compile[hf]'",
+        name=error.name,
+    ) from error
+
+from ..layers import Cache, select_rows
+from .config import LMConfig
+from .lm import HybridLM
+from .presets import preset
+from .weights import MODEL_TYPE
+
+
+class M2RNNHybridConfig(PreTrainedConfig):
+    """A `LMConfig` as transformers stores it.
+
+    Args:
+        lm: ``LMConfig.to_dict()``; default the preset "m2rnn-410m".
+    """
+
+    model_type = MODEL_TYPE
+
+    lm: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, config: LMConfig, **options: Any) -> M2RNNHybridConfig:
+        """Wrap `config`; options such as ``eos_token_id`` go to transformers."""
+        return cls(lm=config.to_dict(), **options)
+
+    @property
+    def lm_config(self) -> LMConfig:
+        """The config of this library.
+
+        Raises:
+            ValueError: fields are unknown or missing.
+        """
+        return preset("m2rnn-410m") if self.lm is None else LMConfig.from_dict(self.lm)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.lm_config.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.lm_config.hidden_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.lm_config.num_layers
+
+
+class HybridCache:
+    """The decode caches of all layers, in the form that `generate` hands round.
+
+    Attributes:
+        layers: one mixer's cache a layer; None before the first tokens.
+        seen: tokens so far, padding included.
+    """
+
+    is_compileable = False
+
+    def __init__(self, layers: tuple[Cache, ...] | None = None, seen: int = 0) -> None:
+        self.layers, self.seen = layers, seen
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.seen
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep the rows `beam_idx`, in that order: what beam search does after every step."""
+        if self.layers is not None:
+            self.layers = select_rows(self.layers, beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.layers is not None:
+            rows = next(iter(torch.utils._pytree.tree_leaves(self.layers)))
+            self.reorder_cache(torch.arange(rows.shape[0], device=rows.device).repeat_interleave(repeats))
+
+    def __len__(self) -> int:
+        return 0 if self.layers is None else len(self.layers)
+
+
+class M2RNNHybridForCausalLM(PreTrainedModel, GenerationMixin):
+    """`HybridLM` for transformers: `generate`, `save_pretrained`, `from_pretrained`, and a loss from `labels`.
+
+    Not supported, since a recurrent state cannot go back: assisted decoding and cropping of caches.
+    """
+
+    config_class = M2RNNHybridConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    _is_stateful = True
+    _no_split_modules: ClassVar[list[str]] = ["Block"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["decay_gate"]  # f rounded to bf16 freezes the state
+
+    def __init__(self, config: M2RNNHybridConfig) -> None:
+        super().__init__(config)
+        lm = HybridLM(config.lm_config)
+        self.transformer = lm.transformer  # so that tensors are called transformer....
+        object.__setattr__(self, "_lm", lm)  # not a submodule of its own: it shares the trunk
+        self.post_init()
+
+    @property
+    def lm(self) -> HybridLM:
+        """The model of this library, on the same weights."""
+        return self._lm
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Every layer knows how it starts; transformers' own rule would undo the scaled output projections."""
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        elif not isinstance(module, nn.Linear) and callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.transformer.wte
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.transformer.wte = value
+
+    def get_output_embeddings(self) -> None:
+        """None: the head is the embedding."""
+        return None
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # `forward` makes a HybridCache
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: HybridCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits, and the loss if `labels` are given.
+
+        Args:
+            input_ids: ``[B, T]``; with `past_key_values`, only what is new.
+            attention_mask: ``[B, T]`` or ``[B, past + T]``, 0 on *left* padding. With `labels`, padding on the right
+                needs no mask: nothing real comes after it.
+            past_key_values: from an earlier call; it is not modified (a new one comes back).
+            labels: ``[B, T]``, the tokens themselves (shifted in here); -100 is left out. A mixture of experts in
+                training mode adds its auxiliary loss.
+            use_cache: return a cache; default: if one was given, or in eval mode without labels.
+            logits_to_keep: only of the last so many positions; 0 for all.
+            options: `num_items_in_batch` of a Trainer; positions are ignored (recurrent layers need none, attention
+                takes slots).
+        """
+        if use_cache is None:
+            use_cache = past_key_values is not None or (not self.training and labels is None)
+        T = input_ids.shape[1]
+        layers = None
+        if past_key_values is not None and past_key_values.layers is not None:
+            layers = past_key_values.layers
+        mask = None
+        if attention_mask is not None and not (layers is not None and T == 1):
+            mask = attention_mask[:, -T:].to(torch.bool)
+            if not torch.compiler.is_compiling() and bool(mask.all()):
+                mask = None
+        if use_cache and layers is None:
+            layers = self._lm.init_cache(input_ids.shape[0], device=input_ids.device, dtype=self.dtype)
+        x, new, aux_losses = self._lm._run(input_ids, layers if use_cache else None, attention_mask=mask)
+        if logits_to_keep:
+            x = x[:, -logits_to_keep:]
+        logits = self._lm._head(x)
+        loss = None
+        if labels is not None:
+            items = {k: v for k, v in options.items() if k == "num_items_in_batch"}
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **items)
+            moe = self._lm.config.moe
+            if moe is not None and aux_losses:
+                loss = loss + moe.aux_loss_weight * torch.stack(aux_losses).sum()
+        seen = (0 if past_key_values is None else past_key_values.seen) + T
+        out = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=HybridCache(new, seen) if use_cache else None
+        )
+        return out if return_dict is not False else out.to_tuple()
+
+
+def from_hybrid(model: HybridLM, **options: Any) -> M2RNNHybridForCausalLM:
+    """A transformers model on (copies of) the weights of `model`; options such as ``eos_token_id`` go to its config."""
+    config = M2RNNHybridConfig.of(model.config, dtype=next(model.parameters()).dtype, **options)
+    with torch.device(next(model.parameters()).device):
+        wrapped = M2RNNHybridForCausalLM(config).to(next(model.parameters()).dtype)
+    for (_, mine), (_, theirs) in _pairs(wrapped, model):
+        mine.data = theirs.detach().clone()
+    return wrapped.train(model.training)
+
+
+def _pairs(a: nn.Module, b: nn.Module) -> Iterator[tuple[tuple[str, nn.Parameter], tuple[str, nn.Parameter]]]:
+    return zip(a.named_parameters(), b.named_parameters(), strict=True)
+
+
+def register() -> None:
+    """Make `AutoConfig` and `AutoModelForCausalLM` know the models; done once, by the import."""
+    AutoConfig.register(MODEL_TYPE, M2RNNHybridConfig, exist_ok=True)
+    AutoModelForCausalLM.register(M2RNNHybridConfig, M2RNNHybridForCausalLM, exist_ok=True)
+
+
+register()
+
+__all__ = ["HybridCache", "M2RNNHybridConfig", "M2RNNHybridForCausalLM", "from_hybrid", "register"]

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +32,8 @@ class AttentionCache(NamedTuple):
 
 
 class Attention(SequenceMixer):
-    """Causal multi-head attention through SDPA.
+    """Causal multi-head attention through SDPA; packed sequences in 16 bits on a GPU through flash attention for them,
+    whose cost is that of the sequences and not of their product.
 
     ``c_attn`` gives q | k | v (heads of `head_dim` each), ``c_proj`` mixes the heads; no biases.
 
@@ -86,6 +89,7 @@ class Attention(SequenceMixer):
         self.qkv_sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
         self.c_attn = nn.Linear(hidden_size, sum(self.qkv_sizes), bias=False, device=device, dtype=dtype)
         self.c_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False, device=device, dtype=dtype)
+        self._varlen = _find_varlen()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -143,6 +147,12 @@ class Attention(SequenceMixer):
             k, v = torch.cat([cache.k.to(k.dtype), k], 1), torch.cat([cache.v.to(v.dtype), v], 1)
             new_cache = AttentionCache(k, v, torch.cat([cache.mask, real], 1))
 
+        if cu_seqlens is not None and self._varlen is not None and _suits_flash(q):
+            repeat = self.num_heads // self.num_kv_heads
+            k, v = (u if repeat == 1 else u.repeat_interleave(repeat, 2) for u in (k, v))
+            bounds = cu_seqlens.to(torch.int32)
+            varlen, causal = self._varlen
+            return self.c_proj(varlen(q[0], k[0], v[0], bounds, bounds, T, T, **causal).flatten(1)[None])
         mask = self._mask(T, past, x.device, cu_seqlens, attention_mask if new_cache is None else new_cache.mask)
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),
@@ -177,6 +187,22 @@ class Attention(SequenceMixer):
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}/{self.num_kv_heads}, head_dim={self.head_dim}, rope_theta={self.rope_theta}"
+
+
+def _find_varlen() -> tuple[Callable[..., Any], dict[str, Any]] | None:
+    """Torch's flash attention for packed sequences and how this version is told to be causal; None where it is not."""
+    if not torch.cuda.is_available():
+        return None
+    from torch.nn.attention.varlen import varlen_attn  # imports much, Dynamo among it
+
+    known = inspect.signature(varlen_attn).parameters
+    if "is_causal" in known:
+        return varlen_attn, dict(is_causal=True)
+    return (varlen_attn, dict(window_size=(-1, 0))) if "window_size" in known else None
+
+
+def _suits_flash(q: Tensor) -> bool:
+    return q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256
 
 
 def apply_rope(x: Tensor, position: Tensor, theta: float) -> Tensor:

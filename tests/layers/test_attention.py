@@ -90,6 +90,24 @@ class TestEveryKind:
             assert_same(y[b : b + 1, 8 - lengths[b] :], a(row))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+def test_packed_flash_attention_on_a_gpu(kind):
+    """In bf16 it takes another path than in fp32."""
+    a = Attention(64, **(kind | dict(head_dim=16)), device="cuda")
+    torch.nn.init.normal_(a.c_attn.weight, std=0.3)
+    torch.nn.init.normal_(a.c_proj.weight, std=0.3)
+    low = Attention(64, **(kind | dict(head_dim=16)), device="cuda", dtype=torch.bfloat16)
+    low.load_state_dict(a.state_dict())
+    x = torch.randn(1, 300, 64, device="cuda", requires_grad=True)
+    cu = torch.tensor([0, 1, 1, 130, 300], device="cuda")
+    dy = torch.randn_like(x)
+    exact, y = a(x, cu_seqlens=cu), low(x.bfloat16(), cu_seqlens=cu)
+    grads = [torch.autograd.grad(out, x, dy.to(out.dtype))[0] for out in (exact, y)]
+    for got, expected in ((y, exact), (grads[1], grads[0])):
+        assert (got.float() - expected).norm() <= 0.02 * expected.norm()
+
+
 def test_errors():
     with pytest.raises(ValueError, match="`num_kv_heads` must divide `num_heads` = 4"):
         Attention(D, num_heads=4, num_kv_heads=3)

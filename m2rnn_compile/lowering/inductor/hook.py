@@ -65,6 +65,10 @@ def _make_pass(earlier: Any) -> Any:
             theirs = earlier.uuid() if isinstance(earlier, base) else None
             return None if theirs is None else (key, theirs)
 
+        def __reduce__(self) -> Any:
+            """Where torch pickles its configuration to make the key of a cache, the uuid is what counts."""
+            return str, (repr(self.uuid()),)
+
     return FuseScans()
 
 

@@ -7,6 +7,7 @@ import argparse
 import importlib
 import io
 import os
+import shutil
 import signal
 import sys
 
@@ -25,6 +26,20 @@ COMMANDS = {
 
 class UserError(ValueError):
     """Something the user can put right; printed without a traceback."""
+
+
+def need_compiler() -> None:
+    """Refuse to go on where torch.compile cannot work on the CPU.
+
+    Raises:
+        UserError: no C++ compiler is found.
+    """
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    if not any(shutil.which(name) for name in names):
+        raise UserError(
+            f"torch.compile needs a C++ compiler for the CPU; looked for {', '.join(names)}. "
+            "Install one (Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install), or give --eager"
+        )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,7 +9,6 @@ import gzip
 import json
 import lzma
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -29,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .cli import UserError
+from .cli import UserError, need_compiler
 from .models import AttentionConfig, HybridLM, LMConfig, M2RNNConfig, stream
 from .models.checkpoint import CHECKPOINTS, CheckpointError, list_steps, load, restore_model
 from .models.data import SEPARATOR, ByteData, DataError, load_folder
@@ -57,7 +56,7 @@ PROMPT = "class Reader:\n    def __init__(self, path, encoding=None):\n"
 def run_demo(args: argparse.Namespace, console: Console) -> int:
     """Train, score, generate, export and check; see ``--help``."""
     if not args.eager:
-        _need_compiler()
+        need_compiler()
     started = time.perf_counter()
     out = _run_folder(args)
     trainer = _start(args, console, out)
@@ -82,15 +81,6 @@ def run_demo(args: argparse.Namespace, console: Console) -> int:
     took = duration(time.perf_counter() - started)
     console.print(Panel(f"{verdict} in {took}; {files}\n{again}", title="done", expand=False))
     return 0 if agrees else 1
-
-
-def _need_compiler() -> None:
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
-    if not any(shutil.which(name) for name in names):
-        raise UserError(
-            f"torch.compile needs a C++ compiler for the CPU; looked for {', '.join(names)}. "
-            "Install one (Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install), or give --eager"
-        )
 
 
 def _run_folder(args: argparse.Namespace) -> Path:

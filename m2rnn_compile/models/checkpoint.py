@@ -218,7 +218,8 @@ def restore_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch
                         f"checkpoint file {str(checkpoint.path / OPTIMIZER)!r} does not fit this model: {name} "
                         f"is {got}; " + _way_out(checkpoint.path)
                     )
-                restored[key] = x.clone() if x.dim() == 0 else x.to(p.device, copy=True)
+                counter_on_cpu = x.dim() == 0 and not (group.get("fused") or group.get("capturable"))
+                restored[key] = x.clone() if counter_on_cpu else x.to(p.device, copy=True)
             optimizer.state[p] = restored
 
 

@@ -42,8 +42,8 @@ class TrainingView:
     On a console that is not a terminal it prints one line every tenth of the run instead.
     """
 
-    def __init__(self, console: Console, config: TrainConfig, first_step: int = 0) -> None:
-        self.console, self.config, self.first_step = console, config, first_step
+    def __init__(self, console: Console, config: TrainConfig, first_step: int = 0, unit: str = "byte") -> None:
+        self.console, self.config, self.first_step, self.unit = console, config, first_step, unit
         self.losses: list[float] = []
         self.smooth: float | None = None
         self.seconds: float | None = None
@@ -56,7 +56,8 @@ class TrainingView:
             self._live.start()
             self._live.update(self._panel())
         else:
-            self.console.print("compiling the training step ...")
+            if self.config.compile:
+                self.console.print("compiling the training step ...")
         return self
 
     def __exit__(
@@ -84,10 +85,10 @@ class TrainingView:
         rows = [
             ("step", f"{self.last.step}/{self.config.steps}"),
             ("loss", f"{self.smooth:.3f}"),
-            ("bits/byte", f"{self.smooth / 0.6931471805599453:.3f}"),
+            (f"bits/{self.unit}", f"{self.smooth / 0.6931471805599453:.3f}"),
         ]
         if self.seconds is not None:
-            rate = self.config.batch_size * self.config.seq_len / self.seconds
+            rate = self.config.tokens_per_step / self.seconds
             left = (self.config.steps - self.last.step) * self.seconds
             rows += [("tokens/s", f"{rate:,.0f}"), ("left", duration(left))]
         return rows
@@ -101,7 +102,8 @@ class TrainingView:
         done = self.first_step if self.last is None else self.last.step
         layout.add_row(ProgressBar(total=self.config.steps, completed=done, width=56))
         layout.add_row(table)
-        text = sparkline(self.losses) if self.losses else "compiling (the first step takes a while) ..."
+        waiting = "compiling (the first step takes a while) ..." if self.config.compile else "the first step ..."
+        text = sparkline(self.losses) if self.losses else waiting
         layout.add_row(f"[cyan]{text}[/]" if self.losses else f"[dim]{text}[/]")
         elapsed = duration(time.perf_counter() - self.started)
         return Panel(layout, title="training", subtitle=f"{elapsed}, Ctrl-C saves and stops", expand=False)

@@ -22,10 +22,12 @@ from torch import Tensor
 from ..layers import param_groups
 from . import checkpoint
 from .config import LMConfig
-from .data import ByteData, batch_at
+from .corpus import Corpus, most_boundaries, pack
+from .data import SEPARATOR, ByteData, batch_at
 from .lm import HybridLM
 
 LOG = "log.jsonl"
+PRECISIONS = ("fp32", "bf16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +36,17 @@ class TrainConfig:
 
     Attributes:
         steps: optimizer steps.
-        batch_size, seq_len: tokens a step.
+        batch_size, seq_len: tokens of a forward pass.
+        grad_accumulation: forward passes a step; their gradients are averaged.
         learning_rate: peak; `warmup` steps linearly up to it, then cosine down to `min_lr_ratio` of it.
         weight_decay, betas, eps: of AdamW; see `layers.param_groups` for what is decayed.
         grad_clip: bound on the gradient's norm.
         seed: of the initial weights and the order of the data.
         checkpoint_every: steps between checkpoints.
         compile: train under torch.compile(fullgraph=True).
+        precision: "fp32", or "bf16" for autocast (weights, optimizer and states stay fp32).
+        packed: documents do not see each other, in any layer; else a row is one stream of text.
+        device: "cpu" or "cuda".
         threads: CPU threads; sums are split by thread, so another number gives other last bits.
     """
 
@@ -58,11 +64,21 @@ class TrainConfig:
     checkpoint_every: int = 200
     compile: bool = True
     threads: int = 2
+    grad_accumulation: int = 1
+    precision: str = "fp32"
+    packed: bool = False
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "seq_len", "checkpoint_every", "threads"):
+        for name in ("steps", "batch_size", "seq_len", "checkpoint_every", "threads", "grad_accumulation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig: `{name}` must be at least 1, got {getattr(self, name)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"TrainConfig: `precision` must be one of {PRECISIONS}, got {self.precision!r}")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.seq_len * self.grad_accumulation
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of one step (from 0): linear warm-up, then a cosine."""
@@ -72,7 +88,7 @@ class TrainConfig:
 
 
 class Step(NamedTuple):
-    """One optimizer step, as logged. `loss` is in nats per byte before the step, `step` counts from 1."""
+    """One optimizer step, as logged. `loss` is in nats per token before the step, `step` counts from 1."""
 
     step: int
     loss: float
@@ -94,7 +110,7 @@ class Trainer:
 
     Args:
         model_config, config: what to train and how.
-        data: see `data.load_folder`.
+        data: see `data.load_folder` and `corpus.load_corpus`.
         out: folder for the checkpoints and the log; created if need be.
 
     Attributes:
@@ -102,13 +118,21 @@ class Trainer:
         step: optimizer steps done.
     """
 
-    def __init__(self, model_config: LMConfig, config: TrainConfig, data: ByteData, out: str | Path) -> None:
+    def __init__(self, model_config: LMConfig, config: TrainConfig, data: ByteData | Corpus, out: str | Path) -> None:
         self.model_config, self.config, self.data, self.out = model_config, config, data, Path(out)
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
-        self.model = HybridLM(model_config)
+        self.model = HybridLM(model_config).to(config.device)  # drawn on the CPU: the same weights on every device
+        on_gpu = config.device != "cpu"
+        if on_gpu:
+            _make_deterministic()
         groups = param_groups(self.model, config.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps)
+        options: dict[str, Any] = dict(lr=config.learning_rate, betas=config.betas, eps=config.eps)
+        self.optimizer = torch.optim.AdamW(groups, fused=True if on_gpu else None, **options)
+        self._separator = data.separator if isinstance(data, Corpus) else SEPARATOR
+        self._boundaries = 0
+        if config.packed:
+            self._boundaries = most_boundaries(data.train, self._separator, config.seq_len)
         self.step = 0
         # The shapes are the same in every step: static ones compile faster and run faster.
         loss = self.model.loss
@@ -168,10 +192,25 @@ class Trainer:
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Tokens and targets of one step."""
+    def batch(self, number: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Tokens, targets and document boundaries of one forward pass, counted over all steps."""
         c = self.config
-        return batch_at(self.data.train, step, batch_size=c.batch_size, seq_len=c.seq_len, seed=c.seed)
+        tokens, targets = batch_at(self.data.train, number, batch_size=c.batch_size, seq_len=c.seq_len, seed=c.seed)
+        cu_seqlens = None
+        if c.packed:
+            tokens, cu_seqlens = pack(tokens, self._separator, self._boundaries)
+            targets = targets.reshape_as(tokens)
+            cu_seqlens = cu_seqlens.to(c.device)
+        return tokens.to(c.device), targets.to(c.device), cu_seqlens
+
+    def forward_backward(self, number: int) -> Tensor:
+        """Add the gradients of one forward pass, as its share of a step; returns its loss."""
+        tokens, targets, cu_seqlens = self.batch(number)
+        low = self.config.precision == "bf16"
+        with torch.autocast(torch.device(self.config.device).type, torch.bfloat16, enabled=low):
+            loss = self._loss(tokens, targets, cu_seqlens=cu_seqlens)
+        (loss / self.config.grad_accumulation).backward()
+        return loss.detach()
 
     def train_step(self) -> Step:
         """One optimizer step.
@@ -184,8 +223,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(*self.batch(self.step))
-        loss.backward()
+        passes = self.config.grad_accumulation
+        losses = [self.forward_backward(self.step * passes + i) for i in range(passes)]
+        loss = torch.stack(losses).mean()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         values = loss.item(), grad_norm.item()
         if not all(map(math.isfinite, values)):
@@ -203,7 +243,7 @@ class Trainer:
         best = math.inf
         for _ in range(repeats + 1):  # the first one compiles
             start = time.perf_counter()
-            self._loss(*self.batch(0)).backward()
+            self.forward_backward(0)
             best = min(best, time.perf_counter() - start)
         self.optimizer.zero_grad(set_to_none=True)
         return best
@@ -260,8 +300,10 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def bits_per_byte(model: HybridLM, data: Tensor, *, seq_len: int, batch_size: int = 16) -> tuple[float, int]:
-    """Mean bits the model needs for each byte of `data` (uint8), separators left out as targets.
+def bits_per_byte(
+    model: HybridLM, data: Tensor, *, seq_len: int, batch_size: int = 16, separator: int = SEPARATOR
+) -> tuple[float, int]:
+    """Mean bits the model needs for each byte (or other token) of `data`, separators left out as targets.
 
     Every byte is predicted from the bytes before it in a window of up to `seq_len` that overlaps the window before by
     half, so all but the first bytes have at least ``seq_len / 2`` bytes of context.
@@ -276,6 +318,7 @@ def bits_per_byte(model: HybridLM, data: Tensor, *, seq_len: int, batch_size: in
         raise ValueError(f"bits_per_byte: needs at least two bytes, got {len(data)}")
     stride = max(1, seq_len // 2)
     stream = data.long()
+    device = next(model.parameters()).device
     # Window w predicts positions w·stride + 1 ...; the first half of every window but the first is context only.
     starts = torch.arange(0, max(1, len(stream) - 1 - (seq_len - stride)), stride)
     steps = starts[:, None] + torch.arange(seq_len)
@@ -283,17 +326,23 @@ def bits_per_byte(model: HybridLM, data: Tensor, *, seq_len: int, batch_size: in
     tokens = stream[steps.clamp_max(len(stream) - 1)]
     targets = stream[(steps + 1).clamp_max(len(stream) - 1)]
     fresh = (torch.arange(seq_len) >= seq_len - stride)[None, :] | (starts == 0)[:, None]
-    counted = inside & fresh & (targets != 0)
+    counted = inside & fresh & (targets != separator)
     nats = 0.0
     was_training = model.training
     model.eval()
     with torch.inference_mode():
         for rows in torch.arange(len(starts)).split(batch_size):
-            nll = model.loss(tokens[rows], targets[rows], reduction="none")
-            nats += float(nll.double()[counted[rows]].sum())
+            nll = model.loss(tokens[rows].to(device), targets[rows].to(device), reduction="none")
+            nats += float(nll.cpu().double()[counted[rows]].sum())
     model.train(was_training)
     count = int(counted.sum())
     return nats / math.log(2) / max(1, count), count
+
+
+def _make_deterministic() -> None:
+    """The same bits from the same inputs on a GPU: cuBLAS and what sums gradients of embeddings must be told."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _as_json(config: TrainConfig) -> dict[str, Any]:

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``train``: the options of real runs are bit-exact over an interruption, and mistakes are told."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+pytest.importorskip("safetensors")
+
+from m2rnn_compile.__main__ import main
+from m2rnn_compile.models import miniature, preset
+from m2rnn_compile.models.corpus import load_corpus
+from m2rnn_compile.models.train import TrainConfig, Trainer
+from m2rnn_compile.models.weights import load_model
+from tests.layers.equations import assert_same
+from tests.models.helpers import write_texts
+from tests.models.test_training import identical, weights
+
+CONFIG = dataclasses.replace(miniature(preset("hybrid-gated-deltanet+5-7b")), pattern="MGA")
+TRAIN = TrainConfig(
+    steps=4, batch_size=2, seq_len=40, warmup=2, checkpoint_every=2, compile=False, threads=1, packed=True
+)
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return load_corpus([write_texts(tmp_path / "texts")])
+
+
+@pytest.mark.parametrize("options", [{}, dict(grad_accumulation=2, precision="bf16")], ids=["plain", "all"])
+def test_packed_runs_resume_bit_by_bit(tmp_path, corpus, options):
+    config = dataclasses.replace(TRAIN, **options)
+    whole = Trainer(CONFIG, config, corpus, tmp_path / "whole")
+    assert whole.run()
+    first = Trainer(CONFIG, config, corpus, tmp_path / "parts")
+    assert not first.run(stop=lambda: first.step >= 3)
+    torch.manual_seed(99)
+    second = Trainer(CONFIG, config, corpus, tmp_path / "parts")
+    second.resume()
+    assert second.step == 3
+    assert second.run()
+    assert identical(weights(second), weights(whole))
+
+
+def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path, corpus):
+    dense = dataclasses.replace(CONFIG, moe=None, mlp_size=32)
+    trainer = Trainer(dense, dataclasses.replace(TRAIN, grad_accumulation=3), corpus, tmp_path)
+    losses = [trainer.forward_backward(i) for i in range(3)]
+    got = {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
+    trainer.optimizer.zero_grad()
+    batches = [trainer.batch(i) for i in range(3)]
+    offsets = [batch[2][:-1].long() + 80 * i for i, batch in enumerate(batches)]
+    cu = torch.cat([*offsets, torch.tensor([240])])
+    x, y = (torch.cat([b[k] for b in batches], 1) for k in (0, 1))
+    loss = trainer.model.loss(x, y, cu_seqlens=cu)
+    loss.backward()
+    assert_same(torch.stack(losses).mean(), loss)
+    assert_same(got, {n: p.grad for n, p in trainer.model.named_parameters()})
+
+
+def test_documents_do_not_see_each_other(tmp_path, corpus):
+    trainer = Trainer(CONFIG, TRAIN, corpus, tmp_path)
+    number = next(i for i in range(50) if len(set(trainer.batch(i)[2].tolist())) > 3)
+    tokens, _, cu = trainer.batch(number)
+    end = int(cu[1])
+    trainer.model.eval()
+    with torch.no_grad():
+        logits = trainer.model(tokens, cu_seqlens=cu)
+        changed = tokens.clone()
+        changed[0, :end] = 65
+        assert torch.equal(trainer.model(changed, cu_seqlens=cu)[0, end:], logits[0, end:])
+
+
+def test_one_compilation_for_all_packings(tmp_path, corpus):
+    trainer = Trainer(CONFIG, TRAIN, corpus, tmp_path)
+    counter = CompileCounterWithBackend("eager")
+    trainer._loss = torch.compile(trainer.model.loss, fullgraph=True, dynamic=False, backend=counter)
+    for i in range(6):
+        trainer.forward_backward(i)
+    assert counter.frame_count == 1
+
+
+def test_bf16_trains_close_to_fp32(tmp_path, corpus):
+    runs = [
+        Trainer(CONFIG, dataclasses.replace(TRAIN, precision=p, learning_rate=1e-2), corpus, tmp_path / p)
+        for p in ("fp32", "bf16")
+    ]
+    losses = [[trainer.train_step().loss for _ in range(4)] for trainer in runs]
+    assert losses[0] != losses[1]
+    assert all(abs(a - b) < 0.05 * a for a, b in zip(*losses, strict=True))
+    assert all(p.dtype == torch.float32 for p in runs[1].model.parameters())
+
+
+def options(tmp_path, *more):
+    texts = str(write_texts(tmp_path / "texts"))
+    small = ["--miniature", "--layers", "5", "--seq-len", "48", "--batch-size", "2", "--threads", "1", "--eager"]
+    return ["train", "--preset", "hybrid-m2rnn-410m", "--data", texts, "--out", str(tmp_path / "run"), *small, *more]
+
+
+def test_the_command_trains_and_resumes(tmp_path, capfd):
+    assert main(options(tmp_path, "--steps", "3", "--grad-accumulation", "2")) == 0
+    out = capfd.readouterr().out
+    for text in ("4M A", "packed documents", "3 of 2 × 2 × 48 tokens", "held out:", "bits a byte"):
+        assert text in out
+    run = tmp_path / "run"
+    assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
+    assert load_model(run / "model").config.pattern == "MMMMA"
+    assert main(["train", "--resume", "--out", str(run)]) == 0  # finished: scores again
+    for more, message in (
+        (["--steps", "9"], "--steps 9 cannot be combined with --resume: the run was started with 3"),
+        (["--preset", "m2rnn-410m"], "--preset m2rnn-410m cannot be combined"),
+    ):
+        assert main(["train", "--resume", "--out", str(run), *more]) == 2
+        assert message in capfd.readouterr().err
+    assert main(options(tmp_path, "--steps", "3")) == 2
+    assert "already holds a run" in capfd.readouterr().err
+    (run / "run.json").write_text('{"data": null}')
+    assert main(["train", "--resume", "--out", str(run)]) == 2
+    assert "is not of `train`" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--data", "x"], "--preset is needed"),
+        (["--preset", "m2rnn-410m"], "--data is needed"),
+        (["--preset", "m2rn-410m", "--data", "texts"], "no preset is called 'm2rn-410m'; did you mean m2rnn-410m"),
+        (["--preset", "m2rnn-410m", "--data", "nowhere"], "nowhere' does not exist"),
+        (["--resume"], "--resume needs --out"),
+        (["--resume", "--out", "nowhere"], "no checkpoint at 'nowhere'"),
+        (["--preset", "m2rnn-410m", "--miniature", "--layers", "9", "--data", "texts"], "has only 8 here"),
+        (["--preset", "m2rnn-410m", "--data", "texts", "--seq-len", "99999"], "fewer than one row of 100000"),
+    ],
+)
+def test_user_errors_give_status_two_and_leave_nothing(tmp_path, capfd, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    write_texts(Path("texts"))
+    before = sorted(Path().rglob("*"))
+    assert main(["train", "--eager", *argv]) == 2
+    err = capfd.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_no_gpu_is_said(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(options(tmp_path, "--device", "cuda")) == 2
+    assert "torch sees no CUDA device" in capfd.readouterr().err

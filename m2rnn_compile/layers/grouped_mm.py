@@ -39,7 +39,9 @@ def _row_groups(rows: int, ends: Tensor) -> Tensor:
     return torch.searchsorted(ends, torch.arange(rows, device=ends.device, dtype=ends.dtype), right=True)
 
 
-@torch.library.custom_op("m2rnn::grouped_linear", mutates_args=())
+@torch.library.custom_op(
+    "m2rnn::grouped_linear", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor ends) -> Tensor"
+)
 def _op(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if x.dtype == torch.float64:  # torch has none; for tests, so the memory of a weight a row does not matter
         return torch.einsum("ri,roi->ro", x, weight[_row_groups(x.shape[0], ends)])
@@ -57,7 +59,9 @@ def _fake(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-@torch.library.custom_op("m2rnn::grouped_linear_weight_gradient", mutates_args=())
+@torch.library.custom_op(
+    "m2rnn::grouped_linear_weight_gradient", mutates_args=(), schema="(Tensor dy, Tensor x, Tensor ends) -> Tensor"
+)
 def _weight_gradient(dy: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """``dyᵀ x`` of each group's rows, ``[E, O, I]``; zero for an empty group."""
     (O, I), E = (dy.shape[1], x.shape[1]), ends.shape[0]

@@ -62,7 +62,10 @@ def _run(
     return packing.pack(h), last
 
 
-@torch.library.custom_op("m2rnn::gru_scan", mutates_args=())
+INPUTS = "Tensor x, Tensor x_f, Tensor x_r, Tensor weight, Tensor? initial_state, Tensor? cu_seqlens"
+
+
+@torch.library.custom_op("m2rnn::gru_scan", mutates_args=(), schema=f"({INPUTS}) -> (Tensor, Tensor)")
 def _op(
     x: Tensor, x_f: Tensor, x_r: Tensor, weight: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -79,7 +82,11 @@ def _fake(
     return x.new_empty(x.shape), x.new_empty(sequences, *x.shape[2:], dtype=acc)
 
 
-@torch.library.custom_op("m2rnn::gru_scan_backward", mutates_args=())
+@torch.library.custom_op(
+    "m2rnn::gru_scan_backward",
+    mutates_args=(),
+    schema=f"(Tensor dh, Tensor dlast, {INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def _backward_op(
     dh: Tensor,
     dlast: Tensor,

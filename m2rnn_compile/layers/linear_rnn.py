@@ -192,7 +192,14 @@ def _uses_fla(impl: str, q: Tensor, v: Tensor, delta: bool) -> bool:
 # -- the op ------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("m2rnn::linear_rnn", mutates_args=())
+INPUTS = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? cu_seqlens"
+
+
+@torch.library.custom_op(
+    "m2rnn::linear_rnn",
+    mutates_args=(),
+    schema=f"({INPUTS}, bool delta, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _op(
     q: Tensor,
     k: Tensor,
@@ -250,7 +257,12 @@ def _fake(
     return v.new_empty(B, T, H, V), state, *_residuals(q, v, _uses_fla(impl, q, v, delta))
 
 
-@torch.library.custom_op("m2rnn::linear_rnn_backward", mutates_args=())
+@torch.library.custom_op(
+    "m2rnn::linear_rnn_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, Tensor dstate, {INPUTS}, Tensor summed, Tensor solved, bool delta, str impl) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def _backward_op(
     dy: Tensor,
     dstate: Tensor,

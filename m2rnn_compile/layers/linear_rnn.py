@@ -17,11 +17,16 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import math
+import re
+import types
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from .chunk_gradients import chunk_gradients
 from .opaque import Packing, gradients, no_autocast
 
 CHUNK = 64  # also the chunk of flash-linear-attention's kernels: part of the shape of what they save
@@ -166,6 +171,30 @@ def _fla_kernels() -> Any:
     return module
 
 
+def _kernel_is_wrong(device: torch.device) -> bool:
+    """Whether flash-linear-attention's issue 640 is present: Hopper, and Triton from 3.4.0 to before 3.7.1."""
+    import triton
+
+    version = tuple(int(n) for n in re.findall(r"\d+", triton.__version__)[:3])
+    return torch.cuda.get_device_capability(device)[0] == 9 and (3, 4, 0) <= version < (3, 7, 1)
+
+
+@functools.cache
+def _fla_backward(device: torch.device) -> Callable[..., tuple[Tensor, ...]]:
+    """Its backward; where one of its kernels is known to be wrong, with products of ours in that kernel's place."""
+    module = _fla_kernels()
+    backward = module.chunk_gated_delta_rule_bwd
+    if not _kernel_is_wrong(device):
+        return backward
+    # From 0.6.0 on, its running sums of g are in units of log 2.
+    unit = math.log(2) if hasattr(module, "RCP_LN2") else 1.0
+    ours = lambda g, **options: chunk_gradients(g=g * unit, **options)
+    names = dict(backward.__globals__, chunk_bwd_dqkwg=ours)  # a copy: the module itself stays as it is
+    repaired = types.FunctionType(backward.__code__, names, backward.__name__, backward.__defaults__)
+    repaired.__kwdefaults__ = backward.__kwdefaults__
+    return repaired
+
+
 def fla_unsupported(q: Tensor, v: Tensor, delta: bool = True) -> str | None:
     """Why flash-linear-attention's kernels cannot run these tensors, or None."""
     if not delta:
@@ -286,7 +315,7 @@ def _backward_op(
             dq, dk, dv, dg, dbeta, d0 = cast(list[Any], gradients(path, inputs, (dy, dstate)))
         else:
             with torch.cuda.device(q.device):
-                dq, dk, dv, dbeta, dg, d0 = _fla_kernels().chunk_gated_delta_rule_bwd(
+                dq, dk, dv, dbeta, dg, d0 = _fla_backward(q.device)(
                     **_contiguous(q=q, k=k, v=v, g=summed, beta=beta.float(), initial_state=initial_state),
                     **_contiguous(A=solved, do=dy, dht=dstate),
                     scale=1.0,

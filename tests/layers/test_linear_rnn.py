@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from m2rnn_compile.layers import linear_rnn, linear_rnn_step
+from m2rnn_compile.layers.chunk_gradients import chunk_gradients
 from m2rnn_compile.layers.gru_scan import gru_scan
 from m2rnn_compile.layers.linear_rnn import _fla_kernels, fla_unsupported
 from m2rnn_compile.testing.judge import assert_accurate
@@ -127,6 +128,54 @@ def test_gru_packed_equals_separate():
         h_s, last_s = gru_scan(*(u[:, a:b] for u in x), weight)
         assert_same(h[:, a:b], h_s)
         assert_same(last[s : s + 1], last_s)
+
+
+@pytest.mark.parametrize("bounds", [None, [0, 5, 5, 40, 41, 90]], ids=["padded", "packed"])
+def test_gradients_within_chunks(bounds):
+    """What stands in for flash-linear-attention's kernel, against autograd through the chunks' definition."""
+    B, T, H, K, V, C = 1 if bounds else 2, 90, 2, 6, 4, 16
+    pieces = [(b, a, min(a + C, e)) for b in range(B) for s, e in _segments(bounds, T) for a in range(s, e, C)]
+    x = dict(q=torch.randn(B, T, H, K), k=torch.randn(B, T, H, K), w=torch.randn(B, T, H, K))
+    x = {n: t.double().requires_grad_() for n, t in x.items()}
+    g = -torch.rand(B, T, H).double()
+    G = torch.zeros_like(g)
+    for b, a, e in pieces:
+        G[b, a:e] = g[b, a:e].cumsum(0)
+    G.requires_grad_()
+    u, do = torch.randn(B, T, H, V).double(), torch.randn(B, T, H, V).double()
+    starts = {s for s, _ in _segments(bounds, T)}
+    states, ends, values, loss, S = [], [], torch.zeros_like(u), 0.0, None
+    leaves = []
+    for b, a, e in pieces:
+        if a in starts:
+            S = torch.randn(H, K, V).double().requires_grad_()
+        q, k, w = (x[n][b, a:e].transpose(0, 1) for n in "qkw")
+        d = G[b, a:e].T
+        v = (u[b, a:e].transpose(0, 1) - w @ S).clone()
+        v.retain_grad()
+        scores = ((q @ k.mT) * (d[:, :, None] - d[:, None, :]).exp()).tril()
+        loss = loss + (do[b, a:e].transpose(0, 1) * 0.5 * ((q * d.exp()[..., None]) @ S + scores @ v)).sum()
+        states.append(S.detach())
+        S = (d[:, -1].exp()[:, None, None] * S + (k * (d[:, -1:] - d).exp()[..., None]).mT @ v).clone()
+        S.retain_grad()
+        ends.append(S)
+        leaves.append((b, a, e, v))
+        values[b, a:e] = v.detach().transpose(0, 1)
+        loss = loss + (0.1 * S).sum()
+    loss.backward()
+    dv = torch.zeros_like(u)
+    for b, a, e, v in leaves:
+        dv[b, a:e] = v.grad.transpose(0, 1)
+    stack = lambda tensors: torch.stack(tensors).unflatten(0, (B, -1))
+    got = chunk_gradients(
+        x["q"].detach(), x["k"].detach(), values, do, stack(states), stack([S.grad for S in ends]), w=x["w"].detach(),
+        g=G.detach(), dv=dv, scale=0.5, chunk_size=C, cu_seqlens=None if bounds is None else torch.tensor(bounds),
+    )  # fmt: skip
+    assert_same(dict(zip("qkwG", got, strict=True)), dict(q=x["q"].grad, k=x["k"].grad, w=x["w"].grad, G=G.grad))
+
+
+def _segments(bounds, T):
+    return list(zip(bounds, bounds[1:], strict=False)) if bounds else [(0, T)]
 
 
 @pytest.mark.gpu

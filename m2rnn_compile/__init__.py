@@ -8,9 +8,9 @@ loaded when they are first used.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from .fusion import FusionReport, enable_fusion, explain, install_when_compiling
 from .ops import (
     ImplChoice,
     M2RNNOutput,
@@ -23,10 +23,10 @@ from .ops import (
 )
 
 if TYPE_CHECKING:
+    from .fusion import FusionReport, enable_fusion, explain
     from .layers import M2RNN
 
 __version__ = "0.1.0"
-install_when_compiling()
 __all__ = [
     "M2RNN",
     "FusionReport",
@@ -43,9 +43,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "M2RNN":
-        from .layers import M2RNN
+_LAZY = {"M2RNN": "layers", "FusionReport": "fusion", "enable_fusion": "fusion", "explain": "fusion"}
 
-        return M2RNN
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import types
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,15 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .ops import fusion_switch
-from .ops.after_import import after_import
 from .ops.fusion_switch import FusionSettings
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from .lowering.inductor.rewrite import FusionRecord
-
-_CONFIG = "torch._inductor.config"
 
 
 def enable_fusion(
@@ -40,21 +36,8 @@ def enable_fusion(
     """
     before = fusion_switch.SETTINGS
     fusion_switch.change(FusionSettings(bool(enabled), tuple(devices), bool(prologue)))
-    if enabled and _CONFIG in sys.modules:
-        _install(sys.modules[_CONFIG])
+    fusion_switch.install_when_compiling()
     return before
-
-
-def _install(config: types.ModuleType) -> None:
-    if fusion_switch.SETTINGS.enabled:
-        from .lowering.inductor import hook
-
-        hook.install(config)
-
-
-def install_when_compiling() -> None:
-    """Called when the package is imported, which must not import the compiler."""
-    after_import(_CONFIG, _install)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,5 +123,4 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> FusionReport:
     run = lambda *args, **kwargs: model(*args, **kwargs)
     fresh = types.FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
     torch.compile(fresh, backend=backend)(*args, **kwargs)
-    after_import(_CONFIG, _install)
     return FusionReport(fusion_switch.SETTINGS, hook.status(), graphs, tuple(found))

@@ -5,9 +5,11 @@ from .decode import m2rnn_decode_step
 from .flops import register_flops
 from .functional import M2RNNOutput, M2RNNStepOutput, explain_impl, m2rnn, m2rnn_step
 from .fused import m2rnn_fused
+from .fusion_switch import install_when_compiling
 from .registry import ImplChoice
 
 register_flops()
+install_when_compiling()
 
 __all__ = [
     "ImplChoice",

@@ -7,7 +7,11 @@ running what was compiled under the other setting.
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
 from typing import NamedTuple
+
+from .after_import import after_import
 
 
 class FusionSettings(NamedTuple):
@@ -39,3 +43,13 @@ def guard() -> bool:
 def change(settings: FusionSettings) -> None:
     global SETTINGS, TOKEN
     SETTINGS, TOKEN = settings, settings.token()
+
+
+def _install(config: ModuleType) -> None:
+    if SETTINGS.enabled:
+        importlib.import_module("m2rnn_compile.lowering.inductor.hook").install(config)
+
+
+def install_when_compiling() -> None:
+    """Install the rewrite as soon as the compiler is loaded, which this library must not do by itself."""
+    after_import("torch._inductor.config", _install)

@@ -29,11 +29,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .cli import UserError, need_compiler
-from .models import AttentionConfig, HybridLM, LMConfig, M2RNNConfig, stream
+from .models import AttentionConfig, HybridLM, LMConfig, M2RNNConfig, stream, weights
 from .models.checkpoint import CHECKPOINTS, CheckpointError, list_steps, load, restore_model
+from .models.corpus import load_tokenizer
 from .models.data import SEPARATOR, ByteData, DataError, load_folder
 from .models.display import TrainingView, duration
 from .models.train import TrainConfig, Trainer, bits_per_byte, stop_on_signals
+from .models.weights import CONFIG
 
 MODEL = LMConfig(
     vocab_size=256,
@@ -349,33 +351,100 @@ def run_generate(args: argparse.Namespace, console: Console) -> int:
     """Stream a continuation of a prompt to stdout."""
     torch.set_num_threads(args.threads)
     model = load_model(args.checkpoint)
+    text: ByteText | TokenText = (
+        ByteText() if (found := _tokenizer_of(Path(args.checkpoint))) is None else TokenText(*found)
+    )
     generator = torch.Generator().manual_seed(args.seed)
-    decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
-    sys.stdout.write(decode(args.prompt.encode(errors="surrogateescape")))
+    sys.stdout.write(text.shown(args.prompt))
     for token in stream(
         model,
-        _to_tokens(args.prompt),
+        text.encode(args.prompt),
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
-        eos_id=SEPARATOR,
+        eos_id=text.separator,
         generator=generator,
     ):
-        if int(token) == SEPARATOR:
+        if int(token) == text.separator:
             break
-        sys.stdout.write(decode(bytes([int(token)])))
+        sys.stdout.write(text.decode(int(token)))
         sys.stdout.flush()
-    sys.stdout.write(decode(b"", final=True) + "\n")
+    sys.stdout.write(text.rest() + "\n")
     return 0
 
 
+class ByteText:
+    """Bytes as tokens; a letter cut in two is held back until it is whole."""
+
+    separator = SEPARATOR
+
+    def __init__(self) -> None:
+        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+
+    def encode(self, prompt: str) -> Tensor:
+        return _to_tokens(prompt)
+
+    def shown(self, prompt: str) -> str:
+        return self._decode(prompt.encode(errors="surrogateescape"))
+
+    def decode(self, token: int) -> str:
+        return self._decode(bytes([token]))
+
+    def rest(self) -> str:
+        return self._decode(b"", final=True)
+
+
+class TokenText:
+    """Tokens of a `tokenizers` file."""
+
+    def __init__(self, path: str, end_token: str | None) -> None:
+        self.tokenizer, self.separator = load_tokenizer(Path(path), end_token)
+        self._ids: list[int] = []
+        self._written = ""
+
+    def encode(self, prompt: str) -> Tensor:
+        self._ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+        self._written = self.tokenizer.decode(self._ids)
+        return torch.tensor([[self.separator, *self._ids]])
+
+    def shown(self, prompt: str) -> str:
+        return prompt
+
+    def decode(self, token: int) -> str:
+        """What the text has more than before; nothing while a letter is incomplete."""
+        self._ids.append(token)
+        whole = self.tokenizer.decode(self._ids)
+        if whole.endswith("\ufffd"):
+            return ""
+        more, self._written = whole[len(self._written) :], whole
+        return more
+
+    def rest(self) -> str:
+        return self.tokenizer.decode(self._ids)[len(self._written) :]
+
+
+def _tokenizer_of(folder: Path) -> tuple[str, str | None] | None:
+    """The tokenizer file and end token of the run that `folder` belongs to, if it was not trained on bytes."""
+    for place in (folder, folder.parent, folder.parent.parent):
+        try:
+            options = json.loads((place / RUN).read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(options, dict) and options.get("tokenizer") is not None:
+            return options["tokenizer"], options.get("end_token")
+        return None
+    return None
+
+
 def load_model(path: str | Path) -> HybridLM:
-    """The trained model of a run or checkpoint folder, in eval mode.
+    """The trained model of a run or checkpoint folder, or of a folder of `weights.save_model`, in eval mode.
 
     Raises:
         CheckpointError: missing, damaged, or of a model that this version cannot build.
     """
+    if (Path(path) / CONFIG).exists():
+        return weights.load_model(path)
     saved = load(path)
     config: Any = saved.state.get("model")
     try:

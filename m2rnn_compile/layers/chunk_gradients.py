@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients within the chunks of the delta rule as batched products, where flash-linear-attention's kernel is wrong.
 
-Its kernel for them gives wrong results on Hopper GPUs with Triton from 3.4.0 to before 3.7.1 (its issue 640; in 0.6.0 it
-refuses to run there). All it computes are products within one chunk, so here they are left to cuBLAS.
+Its kernel for them gives wrong results on Hopper GPUs with Triton from 3.4.0 to before 3.7.1 (its issue 640; in 0.6.0
+it refuses to run there). All it computes are products within one chunk, so here they are left to cuBLAS.
 """
 
 from __future__ import annotations

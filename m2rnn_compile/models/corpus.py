@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,10 +67,15 @@ def load_corpus(
     for name, content in documents.items():
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
     train, held_out = _split(documents, held_out_fraction)
+    encode: Callable[[list[bytes]], list[Any]]
     if tokenizer is None:
-        encode, separator, vocab_size = _bytes, SEPARATOR, 256
+        encode, separator, vocab_size = list, SEPARATOR, 256
     else:
-        encode, separator, vocab_size = _load_tokenizer(Path(tokenizer), end_token)
+        loaded, separator = load_tokenizer(Path(tokenizer), end_token)
+        vocab_size = loaded.get_vocab_size()
+        encode = lambda texts: [
+            e.ids for e in loaded.encode_batch([t.decode() for t in texts], add_special_tokens=False)
+        ]
         digest.update(Path(tokenizer).read_bytes() + str(separator).encode())
     parts = [_join(encode(list(part.values())), separator, vocab_size) for part in (train, held_out)]
     held_out_bytes = sum(map(len, held_out.values()))
@@ -137,11 +142,12 @@ def _split(documents: dict[str, bytes], fraction: float) -> tuple[dict[str, byte
     return pick(False), pick(True)
 
 
-def _bytes(documents: list[bytes]) -> list[Any]:
-    return documents
+def load_tokenizer(path: Path, end_token: str | None = None) -> tuple[Any, int]:
+    """A tokenizer of the package `tokenizers`, and the id of its token between documents; see `load_corpus`.
 
-
-def _load_tokenizer(path: Path, end_token: str | None) -> tuple[Any, int, int]:
+    Raises:
+        DataError: the package or the file is missing, or has no such token.
+    """
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
@@ -162,12 +168,7 @@ def _load_tokenizer(path: Path, end_token: str | None) -> tuple[Any, int, int]:
             f"tokenizer file {str(path)!r} has no token {' or '.join(map(repr, candidates))} to stand between "
             "documents; name one of its tokens as the end token"
         )
-
-    def encode(documents: list[bytes]) -> list[list[int]]:
-        texts = [d.decode() for d in documents]
-        return [e.ids for e in loaded.encode_batch(texts, add_special_tokens=False)]
-
-    return encode, separator, loaded.get_vocab_size()
+    return loaded, separator
 
 
 def _join(documents: Iterable[Any], separator: int, vocab_size: int) -> Tensor:

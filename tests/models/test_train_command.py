@@ -130,6 +130,30 @@ def test_the_command_trains_and_resumes(tmp_path, capfd):
     assert "is not of `train`" in capfd.readouterr().err
 
 
+def test_a_run_with_a_tokenizer_generates_text(tmp_path, capfd):
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    model.train_from_iterator(
+        ["All work and no play makes a dull file. " * 5],
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=290, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    model.save(str(tmp_path / "tokenizer.json"))
+    more = ["--tokenizer", str(tmp_path / "tokenizer.json"), "--steps", "2", "--seq-len", "16"]
+    assert main(options(tmp_path, *more)) == 0
+    assert "tokens of tokenizer.json" in capfd.readouterr().out
+    for place in ("run", "run/model"):
+        command = ["generate", str(tmp_path / place), "--prompt", "All work", "--max-new-tokens", "6"]
+        assert main([*command, "--threads", "1"]) == 0
+        out = capfd.readouterr().out
+        assert out.startswith("All work")
+        assert len(out) > len("All work\n")
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [

@@ -5,7 +5,7 @@ from .attention import Attention, AttentionCache
 from .block import Block, BlockOutput
 from .conv import CausalConv
 from .gated_deltanet import GatedDeltaNet, GatedDeltaNetCache
-from .linear_rnn import LinearRNNOutput, linear_rnn, linear_rnn_step
+from .linear_recurrence import LinearRNNOutput, linear_rnn, linear_rnn_step
 from .m2rnn import M2RNN, DecayGate, M2RNNCache
 from .mamba2 import Mamba2, Mamba2Cache
 from .mixer import Cache, SequenceMixer, select_rows, write_rows

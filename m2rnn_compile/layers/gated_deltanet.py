@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .conv import CausalConv
 from .linear import padded_linear
-from .linear_rnn import IMPLS, linear_rnn, linear_rnn_step
+from .linear_recurrence import IMPLS, linear_rnn, linear_rnn_step
 from .m2rnn import DecayGate
 from .mixer import SequenceMixer, check_layout, check_rows, check_sizes
 from .norm import RMSNorm

@@ -7,7 +7,7 @@ import torch
 from m2rnn_compile.layers import linear_rnn, linear_rnn_step
 from m2rnn_compile.layers.chunk_gradients import chunk_gradients
 from m2rnn_compile.layers.gru_scan import gru_scan
-from m2rnn_compile.layers.linear_rnn import _fla_kernels, fla_unsupported
+from m2rnn_compile.layers.linear_recurrence import _fla_kernels, fla_unsupported
 from m2rnn_compile.testing.judge import assert_accurate
 from tests.layers import recurrences
 from tests.layers.equations import assert_same

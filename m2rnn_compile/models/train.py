@@ -343,6 +343,8 @@ def _make_deterministic() -> None:
     """The same bits from the same inputs on a GPU: cuBLAS and what sums gradients of embeddings must be told."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # A help for debugging; it would fill every new tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _as_json(config: TrainConfig) -> dict[str, Any]:

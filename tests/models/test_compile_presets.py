@@ -52,6 +52,18 @@ def test_one_graph_and_at_most_two_compilations(name):
     assert counter.frame_count <= 2
 
 
+def test_export_with_dynamic_batch_and_time():
+    """Gated DeltaNet, attention and experts pass through torch.export; M²RNN's own export is tested in test_lm."""
+    model = small("hybrid-gated-deltanet+5-7b").eval()
+    shapes = {"tokens": {0: torch.export.Dim("B"), 1: torch.export.Dim("T")}}
+    with torch.inference_mode():
+        program = torch.export.export(model, (torch.zeros(2, 16, dtype=torch.int64),), dynamic_shapes=shapes)
+        loaded = program.module()
+        for shape in ((2, 16), (1, 1), (3, 70)):
+            x = torch.randint(0, 64, shape)
+            assert_same(loaded(x), model(x))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hybrid-gated-deltanet+5-7b"])
 def test_inductor_keeps_the_accuracy_rule(name):

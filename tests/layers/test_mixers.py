@@ -129,6 +129,24 @@ def test_a_cache_of_another_batch_is_refused(name):
         mixer(torch.zeros(2, 3, D).double(), cache=mixer.init_cache(1))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_gpu_gives_what_a_cpu_gives(name, packed):
+    mixer = make(name)
+    x = torch.randn(1, 70, D).double()
+    dy = torch.randn_like(x)
+    options = dict(cu_seqlens=torch.tensor([0, 3, 3, 67, 70])) if packed else {}
+    results = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
+        mixer.to(device, dtype)
+        leaf = x.detach().to(device, dtype).requires_grad_()
+        y = mixer(leaf, **{n: t.to(device) for n, t in options.items()})
+        results.append((y, *torch.autograd.grad(y, [leaf, *mixer.parameters()], dy.to(device, dtype))))
+    for a, b in zip(*results, strict=True):
+        assert (a.cpu() - b.cpu().double()).norm() <= 1e-4 * a.norm()
+
+
 def written_out_deltanet(m, x):
     """[T, D] of one sequence, order of operations as in the released models."""
     T, (H, K, V) = x.shape[0], (m.num_heads, m.key_dim, m.value_dim)

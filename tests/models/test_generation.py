@@ -40,6 +40,20 @@ def test_every_kind_of_cache_equals_the_uncached_forward(kind):
     assert len(set(together.flatten().tolist())) > 3, "a degenerate continuation would prove little"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_logits_on_a_gpu(kind):
+    model = model_of(kind).float().cuda()
+    x = torch.randint(0, 256, (2, 40), device="cuda")
+    with torch.inference_mode():
+        cache, logits = model.init_cache(2), []
+        for part in x.split([30, *[1] * 10], 1):
+            out, cache = model(part, cache=cache)
+            logits.append(out)
+        expected = model(x)
+    assert (torch.cat(logits, 1) - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
 @pytest.mark.parametrize("prefill_chunk", [None, 1, 3])
 def test_greedy_equals_uncached_argmax(prefill_chunk):
     model, prompt = make_model(), torch.randint(0, 256, (2, 7))

@@ -53,6 +53,22 @@ def test_packed_runs_resume_bit_by_bit(tmp_path, corpus, options):
     assert identical(weights(second), weights(whole))
 
 
+@pytest.mark.gpu
+def test_resume_on_a_gpu_is_bit_by_bit(tmp_path, corpus):
+    config = dataclasses.replace(TRAIN, precision="bf16", device="cuda", compile=True)
+    try:
+        whole = Trainer(CONFIG, config, corpus, tmp_path / "whole")
+        assert whole.run()
+        first = Trainer(CONFIG, config, corpus, tmp_path / "parts")
+        first.run(stop=lambda: first.step >= 3)
+        second = Trainer(CONFIG, config, corpus, tmp_path / "parts")
+        second.resume()
+        assert second.run()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert identical(weights(second), weights(whole))
+
+
 def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path, corpus):
     dense = dataclasses.replace(CONFIG, moe=None, mlp_size=32)
     trainer = Trainer(dense, dataclasses.replace(TRAIN, grad_accumulation=3), corpus, tmp_path)

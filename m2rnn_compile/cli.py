@@ -19,7 +19,7 @@ COMMANDS = {
     "demo": ("demo", "run_demo"),
     "generate": ("demo", "run_generate"),
     "check-export": ("demo", "run_check_export"),
-    "models": ("models.table", "run_models"),
+    "models": ("models_command", "run_models"),
     "train": ("train_command", "run_train"),
 }
 

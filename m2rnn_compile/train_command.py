@@ -23,17 +23,18 @@ from .models.config import LMConfig
 from .models.corpus import Corpus, load_corpus
 from .models.display import TrainingView, duration
 from .models.presets import miniature, preset
-from .models.table import short_pattern
 from .models.train import TrainConfig, Trainer, bits_per_byte, stop_on_signals
 from .models.weights import save_model
+from .models_command import short_pattern
 
 RUNS = Path("runs")
 RUN, MODEL = "run.json", "model"  # in the folder of a run: where its data is, and what came out
 MINIATURE_WIDTH = 128
 # Given with --resume, these must be what the run was started with; so they are stored in its run.json.
-FIXED = ("preset", "miniature", "layers", "tokenizer", "end_token", "steps", "batch_size", "seq_len")
-FIXED += ("grad_accumulation", "learning_rate", "warmup", "checkpoint_every", "precision", "no_packing", "device")
-FIXED += ("eager", "seed", "threads", "data")
+FIXED = (
+    "preset miniature layers data tokenizer end_token steps batch_size seq_len grad_accumulation learning_rate warmup "
+    "checkpoint_every precision no_packing device eager seed threads"
+).split()
 DEFAULTS: dict[str, Any] = dict(
     steps=1000,
     batch_size=8,

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..cli import UserError
-from .config import LMConfig
-from .mixers import MIXERS
-from .presets import PRESETS, preset
-from .statistics import statistics
+from .cli import UserError
+from .models.config import LMConfig
+from .models.mixers import MIXERS
+from .models.presets import PRESETS, preset
+from .models.statistics import statistics
 
 
 def short_pattern(pattern: str) -> str:

@@ -31,10 +31,9 @@ RUNS = Path("runs")
 RUN, MODEL = "run.json", "model"  # in the folder of a run: where its data is, and what came out
 MINIATURE_WIDTH = 128
 # Given with --resume, these must be what the run was started with; so they are stored in its run.json.
-FIXED = (
-    "preset miniature layers data tokenizer end_token steps batch_size seq_len grad_accumulation learning_rate warmup "
-    "checkpoint_every precision no_packing device eager seed threads"
-).split()
+FIXED = ["preset", "miniature", "layers", "data", "tokenizer", "end_token", "steps", "batch_size", "seq_len"]
+FIXED += ["grad_accumulation", "learning_rate", "warmup", "checkpoint_every", "precision", "no_packing", "device"]
+FIXED += ["eager", "seed", "threads"]
 DEFAULTS: dict[str, Any] = dict(
     steps=1000,
     batch_size=8,

@@ -5,7 +5,7 @@ PYTHON ?= python3
 # Passed to pip. On a Linux machine without a GPU, PyTorch's CPU wheels save gigabytes:
 #   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_ARGS ?=
-# Passed to pytest, demo or bench: make test ARGS="-k packed", make demo ARGS="--help", make bench ARGS="op --shape cpu"
+# Passed to pytest, demo or bench: make test ARGS="-k packed", make demo ARGS="--help", make bench ARGS="op --preset cpu"
 ARGS ?=
 WORKERS ?= 2
 
@@ -52,7 +52,7 @@ lint: $(STAMP)  ## ruff and mypy only
 format: $(STAMP)  ## let ruff sort imports and mend what it can
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)  ## benchmarks: make bench ARGS="op --shape cpu --impl eager,cpp"
+bench: $(STAMP)  ## benchmarks: make bench ARGS="op --preset cpu --provider eager,cpp"
 	$(BIN)/python -m bench $(if $(ARGS),$(ARGS),--help)
 
 clean:  ## remove .venv, build outputs and caches (never bench/results)

@@ -32,7 +32,8 @@ def config_of(context: Context, letter: str) -> LMConfig:
     pattern = letter * (len(context.pattern) if context.pattern else context.layers or depth)
     if letter == "M" and context.pattern:
         pattern = context.pattern
-    heads = dict(num_q_heads=s.Nq, num_k_heads=s.Nk, num_v_heads=s.Nv, num_f_heads=s.Nf, num_w_heads=s.Nw)
+    heads: dict[str, Any] = dict(num_q_heads=s.Nq, num_k_heads=s.Nk, num_v_heads=s.Nv)
+    heads |= dict(num_f_heads=s.Nf, num_w_heads=s.Nw)
     return LMConfig(
         vocab_size=vocabulary,
         hidden_size=s.width,

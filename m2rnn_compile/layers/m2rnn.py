@@ -12,20 +12,22 @@ from torch import Tensor, nn
 
 from ..ops import m2rnn, m2rnn_decode_step, m2rnn_step
 from ..ops.registry import check_name
-from ..ops.validation import check_clip
+from ..ops.validation import check_clip, check_slot_values
 from .conv import CausalConv
 from .mixer import SequenceMixer, check_layout, check_rows
 from .norm import RMSNorm
 
 # A projection whose width is not a multiple of 64 misses the fast GEMM tiles: 2900 columns cost 3x 2944 on an H200.
 PROJECTION_MULTIPLE = 64
+STATE_WEIGHT_INITS = ("identity", "orthogonal", "normal")
 
 
 class M2RNNCache(NamedTuple):
     """What decoding carries from one call to the next.
 
     Attributes:
-        conv_state: the last three conv inputs, oldest first, ``[B, conv_size - 1, C]`` in the activations' dtype.
+        conv_state: the last three conv inputs, oldest first, ``[B, conv_size - 1, C]`` in the activations' dtype
+            (``[B, 0, C]`` without a conv).
         state: H, ``[B, N, K, V]`` in fp32 (fp64 for fp64 models).
     """
 
@@ -106,7 +108,12 @@ class M2RNN(SequenceMixer):
         num_q_heads, num_k_heads: default 1 (the paper's "multi-value" form).
         num_v_heads, num_f_heads, num_g_heads, num_w_heads: default N. Each of them divides N: head n of the result
             reads head ``n // (N / N_x)``; at least one of q, k, v, f, w has N heads.
-        conv_size: taps of the causal conv.
+        conv_size: taps of the causal conv. None leaves out the conv *and* the SiLU after it: q, k and v are the
+            projection's rows as they are (lm-engine's ``kernel_size: null``). For state tracking: each step then adds
+            the current token's ``k vᵀ``, of either sign, to the state and nothing else, see docs/reproduction.md.
+            Decoding takes one `m2rnn_step` among torch operations then, on every device.
+        state_weight_init: how each head's W starts: "identity" (the released models), "orthogonal" (Haar-distributed),
+            or "normal" with variance 1/V.
         state_grad_clip: see `m2rnn`; None for no clipping. The released models were trained with 1.
         norm_eps: of the RMSNorm before the output projection.
         init_num_layers: layers L of the model, for the output projection's initial scale 0.02 / sqrt(2 L).
@@ -131,7 +138,8 @@ class M2RNN(SequenceMixer):
         num_f_heads: int | None = None,
         num_g_heads: int | None = None,
         num_w_heads: int | None = None,
-        conv_size: int = 4,
+        conv_size: int | None = 4,
+        state_weight_init: str = "identity",
         state_grad_clip: float | None = 1.0,
         norm_eps: float = 1e-5,
         init_std: float = 0.02,
@@ -141,15 +149,17 @@ class M2RNN(SequenceMixer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = dict(
-            hidden_size=hidden_size, num_heads=num_heads, key_dim=key_dim, value_dim=value_dim, conv_size=conv_size
-        )
-        sizes |= dict(init_num_layers=init_num_layers)
+        sizes = dict(hidden_size=hidden_size, num_heads=num_heads, key_dim=key_dim, value_dim=value_dim)
+        sizes |= dict(conv_size=1 if conv_size is None else conv_size, init_num_layers=init_num_layers)
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"M2RNN: `{name}` must be at least 1, got {size}")
         check_clip(state_grad_clip)
         check_name(impl)
+        if state_weight_init not in STATE_WEIGHT_INITS:
+            raise ValueError(
+                f"M2RNN: `state_weight_init` must be one of {', '.join(STATE_WEIGHT_INITS)}, got {state_weight_init!r}"
+            )
         heads = dict(
             num_q_heads=num_q_heads,
             num_k_heads=num_k_heads,
@@ -177,13 +187,15 @@ class M2RNN(SequenceMixer):
         self.num_q_heads, self.num_k_heads, self.num_v_heads = num_q_heads, num_k_heads, heads["num_v_heads"]
         self.num_f_heads, self.num_g_heads = heads["num_f_heads"], heads["num_g_heads"]
         self.state_grad_clip, self.impl = state_grad_clip, impl
-        self.init_std, self.init_num_layers = init_std, init_num_layers
+        self.init_std, self.init_num_layers, self.state_weight_init = init_std, init_num_layers, state_weight_init
 
         self.qkv_sizes = [num_q_heads * key_dim, num_k_heads * key_dim, self.num_v_heads * value_dim]
         self.projection_sizes = [sum(self.qkv_sizes), self.num_f_heads, self.num_g_heads * value_dim]
         factory: dict[str, Any] = dict(device=device, dtype=dtype)
         self.input_projection = nn.Linear(hidden_size, sum(self.projection_sizes), bias=False, **factory)
-        self.conv1d = CausalConv(self.projection_sizes[0], conv_size, init_std=init_std, **factory)
+        self.conv1d: CausalConv | None = None
+        if conv_size is not None:
+            self.conv1d = CausalConv(self.projection_sizes[0], conv_size, init_std=init_std, **factory)
         self.decay_gate = DecayGate(self.num_f_heads, **factory)
         self.state_weight = nn.Parameter(torch.empty(heads["num_w_heads"], value_dim, value_dim, **factory))
         self.D = nn.Parameter(torch.empty(num_heads, value_dim, **factory))
@@ -196,9 +208,16 @@ class M2RNN(SequenceMixer):
         nn.init.normal_(self.output_projection.weight, std=self.init_std / math.sqrt(2 * self.init_num_layers))
         nn.init.ones_(self.D)
         with torch.no_grad():
-            eye = torch.eye(self.value_dim, device=self.state_weight.device, dtype=self.state_weight.dtype)
-            self.state_weight.copy_(eye.expand_as(self.state_weight))
-        self.conv1d.reset_parameters()
+            for W in self.state_weight:
+                if self.state_weight_init == "identity":
+                    nn.init.eye_(W)
+                elif self.state_weight_init == "normal":
+                    nn.init.normal_(W, std=self.value_dim**-0.5)
+                else:  # a factorisation, which low precision has none of
+                    wide = torch.promote_types(W.dtype, torch.float32)
+                    W.copy_(nn.init.orthogonal_(torch.empty_like(W, dtype=wide)))
+        if self.conv1d is not None:
+            self.conv1d.reset_parameters()
         self.decay_gate.reset_parameters()
         self.g_norm.reset_parameters()
 
@@ -210,9 +229,14 @@ class M2RNN(SequenceMixer):
         device, dtype = device or weight.device, dtype or weight.dtype
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return M2RNNCache(
-            torch.zeros(batch_size, self.conv1d.width - 1, self.conv1d.channels, device=device, dtype=dtype),
+            torch.zeros(batch_size, *self._conv_rows, device=device, dtype=dtype),
             torch.zeros(batch_size, self.num_heads, self.key_dim, self.value_dim, device=device, dtype=wide),
         )
+
+    @property
+    def _conv_rows(self) -> tuple[int, int]:
+        """What a cache keeps of each sequence for the conv: inputs, channels."""
+        return 0 if self.conv1d is None else self.conv1d.width - 1, self.projection_sizes[0]
 
     def forward(
         self,
@@ -256,24 +280,23 @@ class M2RNN(SequenceMixer):
         single_step = cache is not None and cu_seqlens is None and x.shape[1] == 1
         if cache is not None:
             sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            kept = (sequences, self.conv1d.width - 1, self.conv1d.channels)
-            check_rows("M2RNN", "cache.conv_state", cache.conv_state, kept)
+            check_rows("M2RNN", "cache.conv_state", cache.conv_state, (sequences, *self._conv_rows))
             check_rows("M2RNN", "cache.state", cache.state, (sequences, self.num_heads, self.key_dim, self.value_dim))
             if single_step and attention_mask is None and self._fuses_decoding(x):
                 copy = M2RNNCache(cache.conv_state.clone(), cache.state.clone())
                 return self._decode(x, copy, None), copy
         qkv, x_f, g = self._project(x, pad=not single_step)
-        qkv, conv_state = self.conv1d(
-            qkv,
-            state=None if cache is None else cache.conv_state,
-            cu_seqlens=cu_seqlens,
-            attention_mask=attention_mask,
-            output_final_state=cache is not None,
-        )
-        q, k, v = F.silu(qkv).split(self.qkv_sizes, -1)
-        q = q.unflatten(-1, (self.num_q_heads, self.key_dim))
-        k = k.unflatten(-1, (self.num_k_heads, self.key_dim))
-        v = v.unflatten(-1, (self.num_v_heads, self.value_dim))
+        conv_state = None if cache is None else cache.conv_state
+        if self.conv1d is not None:
+            qkv, conv_state = self.conv1d(
+                qkv,
+                state=conv_state,
+                cu_seqlens=cu_seqlens,
+                attention_mask=attention_mask,
+                output_final_state=cache is not None,
+            )
+            qkv = F.silu(qkv)
+        q, k, v = self._heads(qkv)
         f = self.decay_gate(x_f)
         if attention_mask is not None:
             f = torch.where(attention_mask.to(torch.bool)[:, :, None], f, 1)  # f = 1 keeps H exactly: 1·H + 0·Z
@@ -306,13 +329,15 @@ class M2RNN(SequenceMixer):
         return out, M2RNNCache(conv_state, state)
 
     def _fuses_decoding(self, x: Tensor) -> bool:
-        """By grad mode, impl and device only: what the kernel cannot do then raises, it does not take the slow path."""
+        """By conv_size, grad mode, impl and device: what the kernel cannot do then raises, it does not run slowly."""
         wanted = self.impl == "triton" or (self.impl == "auto" and x.device.type == "cuda")
-        return wanted and not torch.is_grad_enabled()
+        return wanted and self.conv1d is not None and not torch.is_grad_enabled()
 
     def _decode(self, x_B1D: Tensor, pool: M2RNNCache, state_indices: Tensor | None) -> Tensor:
         """One step, in place on `pool`."""
         qkv, x_f, g = self._project(x_B1D[:, 0], pad=False)
+        if self.conv1d is None:
+            return self._decode_without_conv(qkv, x_f, g, pool, state_indices)[:, None]
         gate, norm = self.decay_gate, self.g_norm
         o = m2rnn_decode_step(
             qkv, x_f, g, self.conv1d.weight, gate.A_log, gate.dt_bias, self.state_weight, self.D, norm.weight, *pool,
@@ -320,6 +345,37 @@ class M2RNN(SequenceMixer):
             norm_eps=norm.eps, impl=self.impl,
         )  # fmt: skip
         return self.output_projection(o)[:, None]
+
+    def _decode_without_conv(
+        self, qkv: Tensor, x_f: Tensor, g: Tensor, pool: M2RNNCache, state_indices: Tensor | None
+    ) -> Tensor:
+        """The same in torch operations around `m2rnn_step`. Reads the indices, so on a GPU it waits for them."""
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (qkv, x_f, g, self.state_weight, pool.state)):
+            raise ValueError(
+                "M2RNN: `state_indices` writes the pool in place and has no backward, but a gradient is asked for; "
+                "call it under torch.no_grad() or torch.inference_mode(), or leave it out: caches are functional then"
+            )
+        row = slot = torch.arange(qkv.shape[0], device=qkv.device)
+        if state_indices is not None:
+            row = torch.nonzero(state_indices != -1).squeeze(1)
+            slot = state_indices[row].long()
+            check_slot_values(slot.tolist(), pool.state.shape[0])
+        q, k, v = self._heads(qkv[row])
+        f = self.decay_gate(x_f[row])
+        step = m2rnn_step(q, k, v, f, self.state_weight, initial_state=pool.state[slot], impl=self.impl)
+        pool.state[slot] = step.state
+        out = qkv.new_zeros(qkv.shape[0], self.hidden_size)
+        out[row] = self._gate_and_norm(step.y, v, g[row]).to(out.dtype)
+        return out
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v with their heads apart."""
+        q, k, v = qkv.split(self.qkv_sizes, -1)
+        return (
+            q.unflatten(-1, (self.num_q_heads, self.key_dim)),
+            k.unflatten(-1, (self.num_k_heads, self.key_dim)),
+            v.unflatten(-1, (self.num_v_heads, self.value_dim)),
+        )
 
     def _project(self, x: Tensor, pad: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(q | k | v before the conv, x_f, g) from one matrix product of padded width."""

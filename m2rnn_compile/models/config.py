@@ -20,7 +20,8 @@ class M2RNNConfig:
     num_f_heads: int | None = None
     num_g_heads: int | None = None
     num_w_heads: int | None = None
-    conv_size: int = 4
+    conv_size: int | None = 4
+    state_weight_init: str = "identity"
     state_grad_clip: float | None = 1.0
 
 

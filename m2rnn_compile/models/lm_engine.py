@@ -177,7 +177,7 @@ def config_from_released(record: dict[str, Any], *, where: str = "config.json") 
         _require(record, dict(normalization_function="rmsnorm", m_emb=None, m_width=None, m_residual=None), where)
         fields: dict[str, Any] = {}
         for i, (letter, block) in enumerate(zip(pattern, mixers, strict=True)):
-            _require(block, _FIXED[letter], f"{where}, sequence_mixer_blocks[{i}]")
+            _require(block, _fixed(letter, block.get("kernel_size", 0)), f"{where}, sequence_mixer_blocks[{i}]")
             field, kind = _KINDS[letter]
             built = _mixer_from_released(letter, block, kind, record)
             if fields.setdefault(field, built) != built:
@@ -238,7 +238,8 @@ def config_to_released(config: LMConfig, orders: RowOrders) -> dict[str, Any]:
     for letter in config.pattern:
         options = dataclasses.asdict(getattr(config, _KINDS[letter][0]))
         heads = options["num_heads"]
-        block: dict[str, Any] = dict(sequence_mixer_type=_MIXER_TYPES[letter]) | _FIXED[letter]
+        block: dict[str, Any] = dict(sequence_mixer_type=_MIXER_TYPES[letter])
+        block |= _fixed(letter, options.get("conv_size", 0))
         for ours, theirs in _FIELDS[letter].items():
             value = options[ours]
             block[theirs] = heads if value is None and "heads" in ours else value
@@ -290,6 +291,11 @@ def orders_of(record: dict[str, Any]) -> RowOrders:
         experts=True if told is None else bool(told),
         shared=bool(block.get("use_interleaved_weights_for_shared_experts")),
     )
+
+
+def _fixed(letter: str, conv_size: int | None) -> dict[str, Any]:
+    """An M²RNN block without a conv has no activation after it either."""
+    return _FIXED[letter] | (dict(activation_function=None) if letter == "M" and conv_size is None else {})
 
 
 def _require(block: dict[str, Any], expected: dict[str, Any], where: str) -> None:

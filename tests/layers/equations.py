@@ -27,10 +27,11 @@ def layer(
     sizes = [heads["q"] * K, heads["k"] * K, heads["v"] * V, heads["f"], heads["g"] * V]
     q, k, v, x_f, g = (x_BTD @ params["input_projection.weight"].T).split(sizes, -1)
     conv_in = torch.cat([q, k, v], -1)
-    weight = params["conv1d.weight"]
-    width = weight.shape[-1]
-    conv_out = F.conv1d(conv_in.transpose(1, 2), weight, padding=width - 1, groups=weight.shape[0])[:, :, :T]
-    q, k, v = F.silu(conv_out.transpose(1, 2)).split(sizes[:3], -1)
+    if "conv1d.weight" in params:
+        weight = params["conv1d.weight"]
+        width = weight.shape[-1]
+        conv_out = F.conv1d(conv_in.transpose(1, 2), weight, padding=width - 1, groups=weight.shape[0])[:, :, :T]
+        q, k, v = F.silu(conv_out.transpose(1, 2)).split(sizes[:3], -1)
     f = torch.exp(-torch.exp(params["decay_gate.A_log"]) * F.softplus(x_f + params["decay_gate.dt_bias"]))
 
     def head(x: Tensor, count: int, n: int) -> Tensor:

@@ -55,7 +55,7 @@ def test_lengths_around_chunks_and_groups(T: int) -> None:
 
 CONFIGS = [  # rows, warps, registers; and V
     ((16, 1, None), 16), ((32, 1, None), 16), ((32, 1, 168), 16), ((64, 1, None), 16),
-    ((16, 1, None), 32), ((32, 1, None), 32), ((16, 4, None), 64),
+    ((16, 1, None), 32), ((32, 1, None), 32), ((64, 4, None), 64),
 ]  # fmt: skip
 
 

@@ -15,7 +15,16 @@ from ...ops.validation import new_checkpoints
 from .backward import scan_backward_kernel
 from .config import LaunchConfig, backward_config, forward_config, next_power_of_2
 from .forward import scan_forward_kernel
-from .gluon import aligned, backward_gluon_kernel, forward_gluon_kernel, gluon_unsupported, strides
+from .gluon import (
+    aligned,
+    backward_gluon_kernel,
+    backward_wide_kernel,
+    clip_mode,
+    forward_gluon_kernel,
+    gluon_unsupported,
+    strides,
+    warpgroups,
+)
 from .reduce import reduce_kernel
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -89,7 +98,10 @@ def scan(
     packed = cu_seqlens is not None
     S = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else B
     BV = max(16, next_power_of_2(V))
-    config = config or forward_config(S * N, K, BV, _multiprocessors(q.device))
+    numerics = _numerics(v, hardware_tanh)
+    if gluon is None:
+        gluon = numerics["HARDWARE"] and gluon_unsupported(v, K, chunk) is None
+    config = config or forward_config(S * N, K, BV, _multiprocessors(q.device), bool(gluon))
     blocks = triton.cdiv(K, config.rows)
 
     y = v.new_empty(B, T, N, V) if add_partials or blocks == 1 or S * N == 0 else v.new_empty(0)
@@ -100,9 +112,6 @@ def scan(
         return y if add_partials else y[None], final, checkpoints
     h0 = None if initial_state is None else initial_state.to(torch.float32).contiguous()
     W = W.contiguous()
-    numerics = _numerics(v, hardware_tanh)
-    if gluon is None:
-        gluon = numerics["HARDWARE"] and gluon_unsupported(v, K, chunk) is None
     # Partial sums of y over blocks of rows; bf16 ones keep the error far inside the rule at half the traffic.
     y_part = y if blocks == 1 else v.new_empty(blocks, B, T, N, V, dtype=v.dtype if gluon else torch.float32)
     if gluon and chunk and triton.cdiv(T, GLUON_CHUNK) % 2:
@@ -120,7 +129,9 @@ def scan(
     )  # fmt: skip
     with _on_device(q):
         if gluon:
-            forward_gluon_kernel()[(S * N, blocks)](*arguments, **constants, C=GLUON_CHUNK, num_warps=1)
+            forward_gluon_kernel()[(S * N, blocks)](
+                *arguments, **constants, C=GLUON_CHUNK, num_warps=min(config.warps, config.rows // 16)
+            )
         else:
             scan_forward_kernel[(S * N, blocks)](
                 *arguments, **constants, C=max(chunk, 1), **numerics, num_warps=config.warps
@@ -175,7 +186,12 @@ def scan_backward(
     packed = cu_seqlens is not None
     S = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else B
     BV = max(16, next_power_of_2(V))
-    config = config or backward_config(S * N, K, BV, _multiprocessors(q.device))
+    numerics = _numerics(v, hardware_tanh)
+    paired = numerics["HARDWARE"] and gluon_unsupported(v, K, chunk) is None  # what the forward left
+    wide = paired and gluon is not False and warpgroups(v.device, BV)
+    if gluon is None:
+        gluon = paired and (BV <= 32 or wide)  # at V = 64 the registers of one warp do not hold dW
+    config = config or backward_config(S * N, K, BV, _multiprocessors(q.device), wide)
     blocks = triton.cdiv(K, config.rows)
     groups = _groups(N, q, k, v, f, W)
 
@@ -189,9 +205,6 @@ def scan_backward(
 
     W_ = W.contiguous()
     clips = state_grad_clip is not None and state_grad_clip != float("inf")
-    numerics = _numerics(v, hardware_tanh)
-    paired = numerics["HARDWARE"] and gluon_unsupported(v, K, chunk) is None  # what the forward left
-    gluon = paired and BV <= 32 if gluon is None else gluon  # at V = 64 dW spills: no faster than portable
     if paired:
         chunk, checkpoints = GLUON_CHUNK, checkpoints.view(v.dtype)
     if gluon:
@@ -228,15 +241,16 @@ def scan_backward(
             )  # fmt: skip
             constants = dict(
                 N=N, K=K, V=V, **groups, BK=config.rows, BV=BV, C=chunk,
-                PACKED=packed, HAS_DY=dy is not None, CLIP=clips,
+                PACKED=packed, HAS_DY=dy is not None, CLIP=clip_mode(v.device) if clips and gluon else clips,
             )  # fmt: skip
             inputs = (
                 q, k, v, f, W_, dy if dy is not None else q, cu_seqlens if cu_seqlens is not None else W_,
                 checkpoints, carry, dW_part,
             )  # fmt: skip
             if gluon:
-                backward_gluon_kernel()[(S * N, blocks)](
-                    *inputs, *arguments, **constants, num_warps=1, maxnreg=config.registers
+                kernel = backward_wide_kernel() if wide else backward_gluon_kernel()
+                kernel[(S * N, blocks)](
+                    *inputs, *arguments, **constants, num_warps=4 if wide else 1, maxnreg=config.registers
                 )
             else:
                 scan_backward_kernel[(S * N, blocks)](

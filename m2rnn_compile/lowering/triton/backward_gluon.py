@@ -21,10 +21,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from .tile import (
-    LEFT,
     LINE,
-    MMA,
-    RIGHT,
     ROW_MAJOR,
     advance,
     clamp,
@@ -33,17 +30,21 @@ from .tile import (
     columns,
     finish_gate,
     gate,
+    left_layout,
     left_operand,
     load_W,
     multiply,
+    right_layout,
     row_of,
     rows,
     rows_of_right_operand,
     stage_gate,
     stage_rows,
     steps_of,
+    store_columns,
     sum_own,
     tile_in_shared,
+    tile_layout,
     to_float,
     turned,
 )  # fmt: skip
@@ -55,13 +56,14 @@ def redo(
 ):
     """One step forwards: the new state, what backward needs of it, and the group's dq with column u filled in."""
     LOW: gl.constexpr = h_low.dtype
-    f = gate(fs, t)
-    h, z, e = advance(h, h_low, rows(ks, t, BK), columns(vs, t, BV), f, W)
-    g = gl.full((BK, BV), 0.0, gl.float32, MMA) + (1.0 - f)
+    L: gl.constexpr = h.type.layout
+    f = gate(fs, t, L)
+    h, z, e = advance(h, h_low, rows(ks, t, BK, L) * columns(vs, t, BV, L), f, W)
+    g = gl.full((BK, BV), 0.0, gl.float32, L) + (1.0 - f)
     s = multiply((1.0 - z * z).to(LOW), g.to(LOW))
     h_low = h.to(LOW)
     if HAS_DY:
-        dq = mma_v2(left_operand(h_low), column_of_right_operand(dys, t, u, BV), dq)
+        dq = mma_v2(left_operand(h_low), column_of_right_operand(dys, t, u, BV, L), dq)
     return h, h_low, e.to(LOW), s, dq
 
 
@@ -73,40 +75,21 @@ def undo(carry, h_before, e, s, qs, ks, vs, fs, dys, t, u: gl.constexpr, Wt, dk,
     Column u of dk [BK, 8] and of dv [BV, 8] is filled in.
     """
     LOW: gl.constexpr = s.dtype
+    L: gl.constexpr = carry.type.layout
     d = carry
-    if CLIP:
-        d = clamp(d, clip)
+    if CLIP > 0:
+        d = clamp(d, clip, CLIP == 2)
     if HAS_DY:
-        d = d + rows(qs, t, BK) * columns(dys, t, BV)
+        d = d + rows(qs, t, BK, L) * columns(dys, t, BV, L)
     d_low = d.to(LOW)
     du = multiply(d_low, s)
-    carry = mma_v2(left_operand(du), Wt, gate(fs, t) * d)
-    dk = mma_v2(left_operand(du), column_of_right_operand(vs, t, u, BV), dk)
+    carry = mma_v2(left_operand(du), Wt, gate(fs, t, L) * d)
+    dk = mma_v2(left_operand(du), column_of_right_operand(vs, t, u, BV, L), dk)
     df = sum_own(d * to_float(e), BK, BV)
-    du_t = gl.convert_layout(turned(du, BK, BV).permute((1, 0)), LEFT, assert_trivial=True)
-    dv = mma_v2(du_t, rows_of_right_operand(ks, t, u, BK), dv)
-    dWt = mma_v2(du_t, h_before.load(RIGHT), dWt)
+    du_t = gl.convert_layout(turned(du, BK, BV).permute((1, 0)), left_layout(L), assert_trivial=True)
+    dv = mma_v2(du_t, rows_of_right_operand(ks, t, u, BK, L), dv)
+    dWt = mma_v2(du_t, h_before.load(right_layout(L)), dWt)
     return carry, df, dk, dv, dWt
-
-
-@gluon.constexpr_function
-def columns_in_memory(BK):
-    """[8, BK]: the accumulators of a [BK, 8] product, their columns as lines of memory."""
-    return gl.DistributedLinearLayout(
-        [[1, 0]] + [[0, 1 << i] for i in range((BK // 8).bit_length() - 1)],
-        [[2, 0], [4, 0], [0, BK // 8], [0, BK // 4], [0, BK // 2]], [], [], [8, BK],
-    )  # fmt: skip
-
-
-@gluon.jit
-def store_columns(at, tile, steps, stride_t, k_first, K: gl.constexpr, BK: gl.constexpr):
-    """Columns 0 to 3 of tile [BK, 8], one per step, as rows of memory [4, K]."""
-    x = tile.reshape((BK // 8, 8, 8)).permute((2, 1, 0)).reshape((8, BK))
-    OUT: gl.constexpr = columns_in_memory(BK)
-    x = gl.convert_layout(x, OUT, assert_trivial=True)
-    t = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(1, OUT)), 1)
-    k = gl.expand_dims(gl.arange(0, BK, gl.SliceLayout(0, OUT)), 0) + k_first
-    gl.store(at + t * stride_t + k, x.to(at.dtype.element_ty), mask=(t < gl.minimum(steps, 4)) & (k < K))
 
 
 @gluon.jit(do_not_specialize=["T", "NC", "chunk_first", "chunk_last", "window"])
@@ -123,6 +106,7 @@ def scan_backward_gluon_kernel(
     PACKED: gl.constexpr, HAS_DY: gl.constexpr, CLIP: gl.constexpr,
 ):  # fmt: skip
     LOW: gl.constexpr = v_ptr.dtype.element_ty
+    L: gl.constexpr = tile_layout(1, BV, False)
     block = gl.program_id(1)
     s = (gl.program_id(0) // N).to(gl.int64)
     n = (gl.program_id(0) % N).to(gl.int64)
@@ -171,23 +155,23 @@ def scan_backward_gluon_kernel(
     dys = steps_of(staged_dy, C, BV)
     fs = steps_of(staged_f, C, 1)
 
-    i = row_of(gl.expand_dims(gl.arange(0, BK, gl.SliceLayout(1, MMA)), 1), BK) + block * BK
-    j = column_of(gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(0, MMA)), 0), BV)
+    i = row_of(gl.expand_dims(gl.arange(0, BK, gl.SliceLayout(1, L)), 1), BK) + block * BK
+    j = column_of(gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(0, L)), 0), BV)
     state = i * V + j
     in_state = (i < K) & (j < V)
     sn = s * N + n
     carry_at = carry_ptr + sn * (K * V) + state
     carry = gl.load(carry_at, mask=in_state, other=0.0)
-    W = load_W(W_ptr + (n // Gw) * (V * V), V, BV, False).to(LOW)
-    Wt = load_W(W_ptr + (n // Gw) * (V * V), V, BV, True).to(LOW)
-    wi = column_of(gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(1, MMA)), 1), BV)
+    W = load_W(W_ptr + (n // Gw) * (V * V), V, BV, False, right_layout(L)).to(LOW)
+    Wt = load_W(W_ptr + (n // Gw) * (V * V), V, BV, True, right_layout(L)).to(LOW)
+    wi = column_of(gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(1, L)), 1), BV)
     in_W = (wi < V) & (j < V)
     dWt_at = dW_ptr + (sn * gl.num_programs(1) + block) * (V * V) + j * V + wi
     dWt = gl.load(dWt_at, mask=in_W, other=0.0)
 
     STEP: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     df_step = gl.arange(0, 4, STEP)
-    step = gl.arange(0, 8, gl.SliceLayout(0, MMA))
+    step = gl.arange(0, 8, gl.SliceLayout(0, L))
     dv_offset = gl.expand_dims(step, 0) * (N * V) + wi
 
     for back in range(0, c_last - c_first):
@@ -214,15 +198,15 @@ def scan_backward_gluon_kernel(
         noted.index(0).store(h_low)
         for g in range(0, groups - 1):
             for u in gl.static_range(4):
-                h, _, _ = advance(h, h.to(LOW), rows(ks, g * 4 + u, BK), columns(vs, g * 4 + u, BV),
-                                  gate(fs, g * 4 + u), W)  # fmt: skip
+                h, _, _ = advance(h, h.to(LOW), rows(ks, g * 4 + u, BK, L) * columns(vs, g * 4 + u, BV, L),
+                                  gate(fs, g * 4 + u, L), W)  # fmt: skip
             noted.index(g + 1).store(h.to(LOW))
         async_copy.wait_group(0)
         for back_g in range(0, groups):
             g = groups - 1 - back_g
             t = g * 4
-            h0 = gl.convert_layout(noted.index(g).load(LEFT), MMA, assert_trivial=True)
-            dq = gl.full((BK, 8), 0.0, gl.float32, MMA)
+            h0 = gl.convert_layout(noted.index(g).load(left_layout(L)), L, assert_trivial=True)
+            dq = gl.full((BK, 8), 0.0, gl.float32, L)
             h = h0.to(gl.float32)
             h, h1, e0, s0, dq = redo(h, h0, ks, vs, fs, dys, t, 0, W, dq, BK, BV, HAS_DY)
             h1_shared.store(h1)
@@ -235,8 +219,8 @@ def scan_backward_gluon_kernel(
             out = ((t0 + t).to(gl.int64)) * N
             if HAS_DY:
                 store_columns(dq_at + out * K, dq, steps, N * K, block * BK, K, BK)
-            dk = gl.full((BK, 8), 0.0, gl.float32, MMA)
-            dv = gl.full((BV, 8), 0.0, gl.float32, MMA)
+            dk = gl.full((BK, 8), 0.0, gl.float32, L)
+            dv = gl.full((BV, 8), 0.0, gl.float32, L)
             carry, df3, dk, dv, dWt = undo(
                 carry, h3_shared, e3, s3, qs, ks, vs, fs, dys, t + 3, 3, Wt, dk, dv, dWt, clip, BK, BV, CLIP, HAS_DY
             )

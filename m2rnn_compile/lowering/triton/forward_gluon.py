@@ -18,7 +18,6 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from .tile import (
     LINE,
     LINES,
-    MMA,
     ROW_MAJOR,
     advance,
     column_of,
@@ -26,22 +25,31 @@ from .tile import (
     finish_gate,
     gate,
     in_lines,
-    lanes_in_thread,
+    lines_layout,
     load_W,
+    right_layout,
     row_of,
     rows,
     stage_gate,
     stage_rows,
     steps_of,
     sum_own_rows,
+    tile_layout,
 )  # fmt: skip
 
 
 @gluon.jit
-def walk(h, ks, vs, fs, qs, t, W, BK: gl.constexpr, BV: gl.constexpr):
-    """One step: the state, and each thread's part of y."""
-    h, _, _ = advance(h, h.to(W.dtype), rows(ks, t, BK), columns(vs, t, BV), gate(fs, t), W)
-    return h, sum_own_rows(h * rows(qs, t, BK), BK, BV)
+def walk(h, ks, vs, fs, t, W, BK: gl.constexpr, BV: gl.constexpr):
+    """One step of the state."""
+    L: gl.constexpr = h.type.layout
+    return advance(h, h.to(W.dtype), rows(ks, t, BK, L) * columns(vs, t, BV, L), gate(fs, t, L), W)[0]
+
+
+@gluon.jit
+def read(h, qs, t, BK: gl.constexpr, BV: gl.constexpr):
+    """Each thread's part of y, over its own rows."""
+    L: gl.constexpr = h.type.layout
+    return sum_own_rows(h * rows(qs, t, BK, L), BK, BV)
 
 
 @gluon.jit(do_not_specialize=["T", "NC"])
@@ -56,6 +64,8 @@ def scan_forward_gluon_kernel(
     PACKED: gl.constexpr, HAS_H0: gl.constexpr, SAVE: gl.constexpr,
 ):  # fmt: skip
     LOW: gl.constexpr = v_ptr.dtype.element_ty
+    NW: gl.constexpr = gl.num_warps()
+    L: gl.constexpr = tile_layout(NW, BV, False)
 
     block = gl.program_id(1)
     s = (gl.program_id(0) // N).to(gl.int64)
@@ -82,21 +92,21 @@ def scan_forward_gluon_kernel(
     qs = gl.allocate_shared_memory(LOW, [2, C, BK], ROW_MAJOR)
     vs = gl.allocate_shared_memory(LOW, [2, C, BV], ROW_MAJOR)
     fs = gl.allocate_shared_memory(gl.float32, [2, C], LINE)
-    first_half = gl.allocate_shared_memory(gl.float32, [4, 8, BV], LINES)
-    second_half = gl.allocate_shared_memory(gl.float32, [4, 8, BV], LINES)
+    first_half = gl.allocate_shared_memory(gl.float32, [4, 8 * NW, BV], LINES)
+    second_half = gl.allocate_shared_memory(gl.float32, [4, 8 * NW, BV], LINES)
 
-    i = row_of(gl.expand_dims(gl.arange(0, BK, gl.SliceLayout(1, MMA)), 1), BK) + block * BK
-    j = column_of(gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(0, MMA)), 0), BV)
+    i = row_of(gl.expand_dims(gl.arange(0, BK, gl.SliceLayout(1, L)), 1), BK) + block * BK
+    j = column_of(gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(0, L)), 0), BV)
     state = i * V + j
     in_state = (i < K) & (j < V)
     sn = s * N + n
     if HAS_H0:
         h = gl.load(h0_ptr + sn * (K * V) + state, mask=in_state, other=0.0)
     else:
-        h = gl.full((BK, BV), 0.0, gl.float32, MMA)
-    W = load_W(W_ptr + (n // Gw) * (V * V), V, BV, False).to(LOW)
+        h = gl.full((BK, BV), 0.0, gl.float32, L)
+    W = load_W(W_ptr + (n // Gw) * (V * V), V, BV, False, right_layout(L)).to(LOW)
 
-    Y8: gl.constexpr = lanes_in_thread(BV)
+    Y8: gl.constexpr = lines_layout(BV, NW)
     Y: gl.constexpr = gl.SliceLayout(1, Y8)
     y_step = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(1, Y)), 1)
     y_col = gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(0, Y)), 0)
@@ -129,15 +139,23 @@ def scan_forward_gluon_kernel(
         f_now = steps_of(fs.index(now), C, 1)
         for g in range(0, (gl.minimum(left, C) + 7) // 8):
             t = g * 8
-            h, p0 = walk(h, k_now, v_now, f_now, q_now, t, W, BK, BV)
-            h, p1 = walk(h, k_now, v_now, f_now, q_now, t + 1, W, BK, BV)
-            h, p2 = walk(h, k_now, v_now, f_now, q_now, t + 2, W, BK, BV)
-            h, p3 = walk(h, k_now, v_now, f_now, q_now, t + 3, W, BK, BV)
+            h = walk(h, k_now, v_now, f_now, t, W, BK, BV)
+            p0 = read(h, q_now, t, BK, BV)
+            h = walk(h, k_now, v_now, f_now, t + 1, W, BK, BV)
+            p1 = read(h, q_now, t + 1, BK, BV)
+            h = walk(h, k_now, v_now, f_now, t + 2, W, BK, BV)
+            p2 = read(h, q_now, t + 2, BK, BV)
+            h = walk(h, k_now, v_now, f_now, t + 3, W, BK, BV)
+            p3 = read(h, q_now, t + 3, BK, BV)
             first_half.store(in_lines(p0, p1, p2, p3, BV))
-            h, p0 = walk(h, k_now, v_now, f_now, q_now, t + 4, W, BK, BV)
-            h, p1 = walk(h, k_now, v_now, f_now, q_now, t + 5, W, BK, BV)
-            h, p2 = walk(h, k_now, v_now, f_now, q_now, t + 6, W, BK, BV)
-            h, p3 = walk(h, k_now, v_now, f_now, q_now, t + 7, W, BK, BV)
+            h = walk(h, k_now, v_now, f_now, t + 4, W, BK, BV)
+            p0 = read(h, q_now, t + 4, BK, BV)
+            h = walk(h, k_now, v_now, f_now, t + 5, W, BK, BV)
+            p1 = read(h, q_now, t + 5, BK, BV)
+            h = walk(h, k_now, v_now, f_now, t + 6, W, BK, BV)
+            p2 = read(h, q_now, t + 6, BK, BV)
+            h = walk(h, k_now, v_now, f_now, t + 7, W, BK, BV)
+            p3 = read(h, q_now, t + 7, BK, BV)
             y = gl.sum(first_half.load(Y8), 1)
             gl.store(y_at + y_offset, y.to(y_ptr.dtype.element_ty), mask=(y_step < left - t) & (y_col < V))
             second_half.store(in_lines(p0, p1, p2, p3, BV))

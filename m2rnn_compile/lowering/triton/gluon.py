@@ -16,7 +16,7 @@ from torch import Tensor
 @functools.lru_cache(None)
 def _import_error() -> str | None:
     try:
-        from . import backward_gluon, forward_gluon  # noqa: F401
+        from . import backward_gluon, backward_wide, forward_gluon  # noqa: F401
     except (ImportError, AttributeError) as e:
         return f"this Triton has no usable Gluon: {e}"
     return None
@@ -45,6 +45,16 @@ def gluon_unsupported(v: Tensor, K: int, chunk: int) -> str | None:
     return _device_reason(v.device) or _import_error()
 
 
+def warpgroups(device: torch.device, BV: int) -> bool:
+    """Whether backward takes Hopper's products of four warps: at V = 64 the registers of one do not hold dW."""
+    return BV == 64 and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def clip_mode(device: torch.device) -> int:
+    """2 where the clip is one instruction (min.xorsign.abs, from compute capability 8.6 on), 1 where it takes two."""
+    return 2 if torch.cuda.get_device_capability(device) >= (8, 6) else 1
+
+
 def aligned(x: Tensor) -> Tensor:
     """x, or a copy of it where its last dimension is strided or its lines do not start at 16 bytes."""
     lines = [s for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
@@ -70,3 +80,9 @@ def backward_gluon_kernel() -> Any:
     from .backward_gluon import scan_backward_gluon_kernel
 
     return scan_backward_gluon_kernel
+
+
+def backward_wide_kernel() -> Any:
+    from .backward_wide import scan_backward_wide_kernel
+
+    return scan_backward_wide_kernel

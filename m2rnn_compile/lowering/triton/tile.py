@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One warp's tile of the state in Gluon: layouts, staging of inputs, one step. Shared by forward and backward.
+"""A program's tile of the state in Gluon: layouts, staging of inputs, one step. Shared by forward and backward.
 
-Rows and columns of H stand in the tile in an order of our own, because nothing that mixes rows or columns cares about
-it as long as W is read in the same order. With J = BK/8 rows to a thread, position 8r + g of the tile holds row gJ + r,
-and position 8j + 2c + e holds column c·(BV/4) + 2j + e: what one thread of an mma.m16n8k16 tile (lane 4g + c) needs of
-k, q, v or dy is then consecutive in memory, one load of 4 to 16 bytes.
+A tile of BK rows is spread over the NW warps of a program, M blocks of 16 rows each. Rows and columns of H stand in it
+in an order of our own, because nothing that mixes rows or columns cares about it as long as W is read in the same
+order. Position 16 NW m + 16 w + 8 h + g of the tile holds row 16 M w + 2 M g + 2 m + h, and position 8j + 2c + e holds
+column c·(BV/4) + 2j + e: what one thread of a tensor-core tile (warp w, lane 4g + c) needs of k, q, v or dy is then
+consecutive in memory, one load of 4 to 16 bytes.
 
-Names: BK rows and BV columns of the tile, LOW the 16-bit dtype of the inputs.
+Names: BK rows and BV columns of the tile, LOW the 16-bit dtype of the inputs, L the layout of the tile.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 
 @gluon.constexpr_function
@@ -26,39 +28,75 @@ def _powers(first, count):
     return bases
 
 
-MMA = gl.constexpr(gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8]))
-ROW = gl.constexpr(gl.SliceLayout(1, MMA.value))
-COL = gl.constexpr(gl.SliceLayout(0, MMA.value))
-LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA.value, 2))
-RIGHT = gl.constexpr(gl.DotOperandLayout(1, MMA.value, 2))
-RIGHT_COL = gl.constexpr(gl.SliceLayout(1, RIGHT.value))
+@gluon.constexpr_function
+def tile_layout(NW, BV, WGMMA):
+    """The accumulators of mma.m16n8k16, which every thread holds alike for warpgroup products (Hopper, 4 warps)."""
+    if WGMMA:
+        return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[NW, 1], instr_shape=[16, BV, 16])
+    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[NW, 1], instr_shape=[16, 8])
 
 
 @gluon.constexpr_function
-def rows_by_lane_group(BK):
-    """[BK] in memory order: lane 4g + c holds rows gJ to gJ + J - 1."""
-    J = BK // 8
-    return gl.DistributedLinearLayout(_powers(1, J), [[0], [0], [J], [2 * J], [4 * J]], [], [], [BK])
+def row_layout(L):
+    return gl.SliceLayout(1, L)
 
 
 @gluon.constexpr_function
-def rows_by_lane(BK):
-    """[BK] in memory order: lane 4g + c holds rows 2cJ to 2cJ + 2J - 1."""
-    J = BK // 8
-    return gl.DistributedLinearLayout(_powers(1, 2 * J), [[2 * J], [4 * J], [0], [0], [0]], [], [], [BK])
+def column_layout(L):
+    return gl.SliceLayout(0, L)
 
 
 @gluon.constexpr_function
-def columns_by_lane(BV):
+def left_layout(L):
+    return gl.DotOperandLayout(0, L, 2)
+
+
+@gluon.constexpr_function
+def right_layout(L):
+    return gl.DotOperandLayout(1, L, 2)
+
+
+@gluon.constexpr_function
+def _anywhere(count, rank=1):
+    """Bases of lanes or warps that hold the same."""
+    return [[0] * rank for _ in range(count.bit_length() - 1)]
+
+
+@gluon.constexpr_function
+def rows_by_lane_group(BK, NW):
+    """[BK] in memory order: lane 4g + c of warp w holds its 2M rows."""
+    M = BK // (16 * NW)
+    lanes = [[0], [0], [2 * M], [4 * M], [8 * M]]
+    return gl.DistributedLinearLayout(_powers(1, 2 * M), lanes, _powers(16 * M, NW), [], [BK])
+
+
+@gluon.constexpr_function
+def rows_by_lane(BK, NW):
+    """[BK] in memory order: lane 4g + c of every warp holds, of all warps' rows, those of their lanes 8c to 8c + 7."""
+    M = BK // (16 * NW)
+    registers = _powers(1, 4 * M) + _powers(16 * M, NW)
+    return gl.DistributedLinearLayout(registers, [[4 * M], [8 * M], [0], [0], [0]], _anywhere(NW), [], [BK])
+
+
+@gluon.jit
+def in_row_order(x, BK: gl.constexpr):
+    """[BK] in memory order -> [BK] by position."""
+    NW: gl.constexpr = gl.num_warps()
+    return x.reshape((NW, 8, BK // (16 * NW), 2)).permute((2, 0, 3, 1)).reshape((BK,))
+
+
+@gluon.constexpr_function
+def columns_by_lane(BV, NW):
     """[BV] in memory order: lane 4g + c holds columns c·BV/4 to (c + 1)·BV/4 - 1."""
-    return gl.DistributedLinearLayout(_powers(1, BV // 4), [[BV // 4], [BV // 2], [0], [0], [0]], [], [], [BV])
+    lanes = [[BV // 4], [BV // 2], [0], [0], [0]]
+    return gl.DistributedLinearLayout(_powers(1, BV // 4), lanes, _anywhere(NW), [], [BV])
 
 
 @gluon.constexpr_function
-def copy_layout(D):
+def copy_layout(D, NW):
     """[C, D] of 16-bit elements, 16 bytes a thread."""
     lanes = min(32, D // 8)
-    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [1, 1], [1, 0])
+    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [NW, 1], [1, 0])
 
 
 @gluon.constexpr_function
@@ -68,6 +106,8 @@ def tile_in_shared(BV):
     return gl.SwizzledSharedLayout(vec=8, per_phase=max(1, 8 // chunks), max_phase=min(8, chunks), order=[1, 0])
 
 
+# What warpgroup products read.
+SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 ROW_MAJOR = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[1, 0]))
 LINES = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[2, 1, 0]))
 LINE = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0]))
@@ -75,7 +115,9 @@ LINE = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, ord
 
 @gluon.jit
 def row_of(position, BK: gl.constexpr):
-    return position % 8 * (BK // 8) + position // 8
+    NW: gl.constexpr = gl.num_warps()
+    M: gl.constexpr = BK // (16 * NW)
+    return position // 16 % NW * (16 * M) + position % 8 * (2 * M) + position // (16 * NW) * 2 + position // 8 % 2
 
 
 @gluon.jit
@@ -87,7 +129,7 @@ def column_of(position, BV: gl.constexpr):
 def stage_rows(shared, ptr, stride_t, stride_d, t, left, d_first, D: gl.constexpr, C: gl.constexpr, BD: gl.constexpr,
                ):  # fmt: skip
     """Begin copying C steps from t of ptr[t, d_first : d_first + BD] to shared; zeros past `left` steps or past D."""
-    L: gl.constexpr = copy_layout(BD)
+    L: gl.constexpr = copy_layout(BD, gl.num_warps())
     i = gl.expand_dims(gl.arange(0, C, gl.SliceLayout(1, L)), 1)
     d = gl.expand_dims(gl.arange(0, BD, gl.SliceLayout(0, L)), 0) + d_first
     at = ptr + t.to(gl.int64) * stride_t + (i.to(gl.int64) * stride_t + d * stride_d)
@@ -99,7 +141,7 @@ def stage_rows(shared, ptr, stride_t, stride_d, t, left, d_first, D: gl.constexp
 
 @gluon.jit
 def stage_gate(shared, ptr, stride_t, t, left, C: gl.constexpr):
-    L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     i = gl.arange(0, C, L)
     at = ptr + t.to(gl.int64) * stride_t + i.to(gl.int64) * stride_t
     async_copy.async_copy_global_to_shared(shared, at, mask=i < left)
@@ -108,7 +150,7 @@ def stage_gate(shared, ptr, stride_t, t, left, C: gl.constexpr):
 @gluon.jit
 def finish_gate(shared, left, C: gl.constexpr):
     """Steps past the end get f = 1: they leave H, and its gradient, where they are."""
-    L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     shared.store(gl.where(gl.arange(0, C, L) < left, shared.load(L), 1.0))
 
 
@@ -131,11 +173,10 @@ def to_float(x):
 
 
 @gluon.jit
-def rows(shared, u, BK: gl.constexpr):
+def rows(shared, u, BK: gl.constexpr, L: gl.constexpr):
     """[BK, 1] by position, in fp32: line u of a staged chunk, a factor of the rows of the state."""
-    x = to_float(shared.index(u).load(rows_by_lane_group(BK)))
-    x = x.reshape((8, BK // 8)).permute((1, 0)).reshape((BK,))
-    return gl.expand_dims(gl.convert_layout(x, ROW, assert_trivial=True), 1)
+    x = in_row_order(to_float(shared.index(u).load(rows_by_lane_group(BK, gl.num_warps()))), BK)
+    return gl.expand_dims(gl.convert_layout(x, row_layout(L), assert_trivial=True), 1)
 
 
 @gluon.jit
@@ -145,73 +186,76 @@ def in_order(x, BV: gl.constexpr):
 
 
 @gluon.jit
-def columns(shared, u, BV: gl.constexpr):
+def columns(shared, u, BV: gl.constexpr, L: gl.constexpr):
     """[1, BV] by position, in fp32: line u of a staged chunk, a factor of the columns of the state."""
-    x = in_order(to_float(shared.index(u).load(columns_by_lane(BV))), BV)
-    return gl.expand_dims(gl.convert_layout(x, COL, assert_trivial=True), 0)
+    x = in_order(to_float(shared.index(u).load(columns_by_lane(BV, gl.num_warps()))), BV)
+    return gl.expand_dims(gl.convert_layout(x, column_layout(L), assert_trivial=True), 0)
 
 
 @gluon.jit
 def sum_own_rows(x, BK: gl.constexpr, BV: gl.constexpr):
-    """[8, BV] with columns in memory order: the state-shaped x summed over the rows that one thread holds."""
-    x = gl.sum(x.reshape((BK // 8, 8, BV)), 0)
-    return x.reshape((8, BV // 8, 4, 2)).permute((0, 2, 1, 3)).reshape((8, BV))
+    """[8 NW, BV] with columns in memory order: the state-shaped x summed over the rows that one thread holds."""
+    NW: gl.constexpr = gl.num_warps()
+    x = gl.sum(gl.sum(x.reshape((BK // (16 * NW), NW, 2, 8, BV)), 2), 0)
+    return x.reshape((8 * NW, BV // 8, 4, 2)).permute((0, 2, 1, 3)).reshape((8 * NW, BV))
 
 
 @gluon.jit
 def sum_own(x, BK: gl.constexpr, BV: gl.constexpr):
-    """[8, 4], one of every thread: the state-shaped x summed over what the thread holds."""
-    return gl.sum(gl.sum(gl.sum(x.reshape((BK // 8, 8, BV // 8, 4, 2)), 4), 2), 0)
+    """[NW, 8, 4], one of every thread: the state-shaped x summed over what the thread holds."""
+    NW: gl.constexpr = gl.num_warps()
+    return gl.sum(gl.sum(gl.sum(gl.sum(x.reshape((BK // (16 * NW), NW, 2, 8, BV // 8, 4, 2)), 6), 4), 2), 0)
 
 
 @gluon.jit
 def in_lines(p0, p1, p2, p3, BV: gl.constexpr):
-    """Four of [8, BV] as [4, 8, BV]."""
+    """Four of [8 NW, BV] as [4, 8 NW, BV]."""
     p = gl.join(gl.join(p0, p2), gl.join(p1, p3))  # the last axis of join is the fastest
-    return p.reshape((8, BV, 4)).permute((2, 0, 1))
+    return p.reshape((8 * gl.num_warps(), BV, 4)).permute((2, 0, 1))
 
 
 @gluon.constexpr_function
-def lanes_in_thread(BV):
-    """[4, 8, BV] with all 8 in one thread."""
-    lanes = min(32, BV // 2)
-    return gl.BlockedLayout([1, 8, 2], [32 // lanes, 1, lanes], [1, 1, 1], [2, 1, 0])
+def lines_layout(BV, NW):
+    """[4, 8 NW, BV], to be summed over its middle: columns, then steps, spread over threads first."""
+    column_lanes = min(32, BV // 2)
+    step_warps = min(4, NW)
+    step_lanes = min(32 // column_lanes, 4 // step_warps)
+    lanes = 32 // (column_lanes * step_lanes)
+    size = [1, 8 * NW // (lanes * (NW // step_warps)), 2]
+    return gl.BlockedLayout(size, [step_lanes, lanes, column_lanes], [step_warps, NW // step_warps, 1], [2, 1, 0])
 
 
 @gluon.jit
-def gate(shared, u):
+def gate(shared, u, L: gl.constexpr):
     """f of step u, [1, 1]."""
-    return gl.expand_dims(shared.index(u).load(ROW), 1)
+    return gl.expand_dims(shared.index(u).load(row_layout(L)), 1)
 
 
 @gluon.jit
 def left_operand(x):
     """The state-shaped x as left operand: the registers are the same."""
-    return gl.convert_layout(x, LEFT, assert_trivial=True)
+    return gl.convert_layout(x, left_layout(x.type.layout), assert_trivial=True)
 
 
 @gluon.jit
-def column_of_right_operand(shared, u, n, BV: gl.constexpr):
+def column_of_right_operand(shared, u, n, BV: gl.constexpr, L: gl.constexpr):
     """[BV, 8], to be contracted with the columns of the state: column n is line u of a chunk, the others zero."""
-    x = in_order(shared.index(u).load(columns_by_lane(BV)), BV)
-    return only_column(gl.expand_dims(gl.convert_layout(x, RIGHT_COL, assert_trivial=True), 1), n, BV)
+    x = in_order(shared.index(u).load(columns_by_lane(BV, gl.num_warps())), BV)
+    return only_column(x, n, BV, right_layout(L))
 
 
 @gluon.jit
-def rows_of_right_operand(shared, u, n, BK: gl.constexpr):
+def rows_of_right_operand(shared, u, n, BK: gl.constexpr, L: gl.constexpr):
     """[BK, 8], to be contracted with the rows of the state: column n is line u of a chunk, the others zero."""
-    x = shared.index(u).load(rows_by_lane(BK))
-    x = x.reshape((4, 2, BK // 8)).permute((2, 0, 1)).reshape((BK,))
-    return only_column(gl.expand_dims(gl.convert_layout(x, RIGHT_COL, assert_trivial=True), 1), n, BK)
+    x = in_row_order(shared.index(u).load(rows_by_lane(BK, gl.num_warps())), BK)
+    return only_column(x, n, BK, right_layout(L))
 
 
 @gluon.jit
-def only_column(x, n, D: gl.constexpr):
-    """x [D, 1] in column n of [D, 8], zeros elsewhere; by masking pairs of elements, half of what `where` takes."""
-    here = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, RIGHT)), 0) == n
-    mask = gl.where(here, gl.full((D, 8), -1, gl.int16, RIGHT), gl.full((D, 8), 0, gl.int16, RIGHT))
-    x, mask = gl.broadcast(x, mask)
-    return gl.inline_asm_elementwise("and.b32 $0, $1, $2;", "=r,r,r", [x, mask], dtype=x.dtype, is_pure=True, pack=2)
+def only_column(x, n, D: gl.constexpr, R: gl.constexpr):
+    """x [D] in column n of [D, 8], zeros elsewhere."""
+    x = gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, R), assert_trivial=True), 1)
+    return only(x, gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, R)), 0) == n, (D, 8))
 
 
 @gluon.jit
@@ -230,22 +274,35 @@ def tanh_hardware(x):
 
 
 @gluon.jit
-def advance(h, h_low, k, v, f, W):
+def advance(h, h_low, seed, f, W):
     """(H_t, Z_t, H_{t-1} - Z_t). The outer product seeds the accumulator; the accumulator layout of one product is,
     register for register, the operand of the next.
 
     H - (1-f)(H-Z) does not cancel where f is near 1; where f is near 0 it errs by 2^-24 |H|, far below LOW's rounding.
     """
-    z = tanh_hardware(mma_v2(left_operand(h_low), W, k * v))
+    if isinstance(W, gl.shared_memory_descriptor):
+        u = warpgroup_mma_wait(0, [warpgroup_mma(left_operand(h_low), W, seed, is_async=True)])
+    else:
+        u = mma_v2(left_operand(h_low), W, seed)
+    z = tanh_hardware(u)
     e = h - z
     return h - (1.0 - f) * e, z, e
 
 
 @gluon.jit
-def load_W(ptr, V: gl.constexpr, BV: gl.constexpr, TRANSPOSED: gl.constexpr):
-    """W or Wᵀ in the order of positions, as the right operand of a product with a state-shaped left one."""
-    i = column_of(gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(1, RIGHT)), 1), BV)
-    j = column_of(gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(0, RIGHT)), 0), BV)
+def only(x, here, shape: gl.constexpr):
+    """x where `here`, zeros elsewhere; by masking pairs of elements, half of what `where` takes."""
+    yes = gl.full(shape, -1, gl.int16, x.type.layout)
+    mask = gl.where(gl.broadcast(here, yes)[0], yes, gl.full(shape, 0, gl.int16, x.type.layout))
+    x, mask = gl.broadcast(x, mask)
+    return gl.inline_asm_elementwise("and.b32 $0, $1, $2;", "=r,r,r", [x, mask], dtype=x.dtype, is_pure=True, pack=2)
+
+
+@gluon.jit
+def load_W(ptr, V: gl.constexpr, BV: gl.constexpr, TRANSPOSED: gl.constexpr, R: gl.constexpr):
+    """W or Wᵀ in the order of positions, in layout R."""
+    i = column_of(gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(1, R)), 1), BV)
+    j = column_of(gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(0, R)), 0), BV)
     if TRANSPOSED:
         at = j * V + i
     else:
@@ -268,9 +325,35 @@ def multiply(x, y):
 
 
 @gluon.jit
-def clamp(x, c):
-    """x in [-c, c]; NaN stays NaN."""
+def clamp(x, c, ONE: gl.constexpr):
+    """x in [-c, c]; NaN stays NaN. ONE: in one instruction, which GPUs from compute capability 8.6 on have."""
+    c = gl.full(x.shape, 0.0, gl.float32, x.type.layout) + c
+    if ONE:  # the smaller magnitude, with the product of the signs
+        return gl.inline_asm_elementwise(
+            "min.NaN.xorsign.abs.f32 $0, $1, $2;", "=f,f,f", [x, c], dtype=gl.float32, is_pure=True, pack=1
+        )
     return gl.inline_asm_elementwise(
         "{ .reg .f32 m; neg.f32 m, $2; min.NaN.f32 $0, $1, $2; max.NaN.f32 $0, $0, m; }",
-        "=f,f,f", [x, gl.full(x.shape, 0.0, gl.float32, x.type.layout) + c], dtype=gl.float32, is_pure=True, pack=1,
+        "=f,f,f", [x, c], dtype=gl.float32, is_pure=True, pack=1,
     )  # fmt: skip
+
+
+@gluon.constexpr_function
+def columns_in_memory(BK, NW):
+    """[8, BK]: the accumulators of a [BK, 8] product, their columns as lines of memory."""
+    M = BK // (16 * NW)
+    registers = [[1, 0]] + [[0, *x] for x in _powers(1, 2 * M)]
+    lanes = [[2, 0], [4, 0], [0, 2 * M], [0, 4 * M], [0, 8 * M]]
+    return gl.DistributedLinearLayout(registers, lanes, [[0, *x] for x in _powers(16 * M, NW)], [], [8, BK])
+
+
+@gluon.jit
+def store_columns(at, tile, steps, stride_t, k_first, K: gl.constexpr, BK: gl.constexpr):
+    """Columns 0 to 3 of tile [BK, 8], one per step, as rows of memory [4, K]."""
+    NW: gl.constexpr = gl.num_warps()
+    x = tile.reshape((BK // (16 * NW), NW, 2, 8, 8)).permute((4, 1, 3, 0, 2)).reshape((8, BK))
+    OUT: gl.constexpr = columns_in_memory(BK, NW)
+    x = gl.convert_layout(x, OUT, assert_trivial=True)
+    t = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(1, OUT)), 1)
+    k = gl.expand_dims(gl.arange(0, BK, gl.SliceLayout(0, OUT)), 0) + k_first
+    gl.store(at + t * stride_t + k, x.to(at.dtype.element_ty), mask=(t < gl.minimum(steps, 4)) & (k < K))

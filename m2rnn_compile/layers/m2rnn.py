@@ -114,6 +114,8 @@ class M2RNN(SequenceMixer):
             Decoding takes one `m2rnn_step` among torch operations then, on every device.
         state_weight_init: how each head's W starts: "identity" (the released models), "orthogonal" (Haar-distributed),
             or "normal" with variance 1/V.
+        dt_init: range of the forget gate's dt, see `DecayGate`. From (0.5, 2.0) f starts near 0, from the released
+            models' (0.001, 0.1) often near 1.
         state_grad_clip: see `m2rnn`; None for no clipping. The released models were trained with 1.
         norm_eps: of the RMSNorm before the output projection.
         init_num_layers: layers L of the model, for the output projection's initial scale 0.02 / sqrt(2 L).
@@ -140,6 +142,7 @@ class M2RNN(SequenceMixer):
         num_w_heads: int | None = None,
         conv_size: int | None = 4,
         state_weight_init: str = "identity",
+        dt_init: tuple[float, float] = (1e-3, 0.1),
         state_grad_clip: float | None = 1.0,
         norm_eps: float = 1e-5,
         init_std: float = 0.02,
@@ -196,7 +199,7 @@ class M2RNN(SequenceMixer):
         self.conv1d: CausalConv | None = None
         if conv_size is not None:
             self.conv1d = CausalConv(self.projection_sizes[0], conv_size, init_std=init_std, **factory)
-        self.decay_gate = DecayGate(self.num_f_heads, **factory)
+        self.decay_gate = DecayGate(self.num_f_heads, dt_init=dt_init, **factory)
         self.state_weight = nn.Parameter(torch.empty(heads["num_w_heads"], value_dim, value_dim, **factory))
         self.D = nn.Parameter(torch.empty(num_heads, value_dim, **factory))
         self.g_norm = RMSNorm(num_heads * value_dim, eps=norm_eps, **factory)

@@ -1,0 +1,542 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State tracking: word problems over parity, S3, A5 and S5, trained at length 128 and tested at every length to 4096.
+
+    python examples/state_tracking.py --preset cpu
+    python examples/state_tracking.py --preset h200 --out bench/results/reproduction-state-tracking-h200.jsonl
+
+A model reads a start token and then elements of a group, one a step, and says after each what their product is so far.
+*Exact match* at length L is the share of test sequences whose products 1 to L are all right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import recipes
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from m2rnn_compile.layers import M2RNN, Attention, Block, GatedDeltaNet, RMSNorm, SwiGLU, param_groups
+from m2rnn_compile.layers.conv import CausalConv
+
+TRAIN_LENGTH, TEST_LENGTH = 128, 4096
+LENGTHS = sorted({2**i for i in range(13)} | set(range(64, TEST_LENGTH + 1, 64)))
+ENOUGH = 0.7  # share of right training words at which training goes on to the next stage
+CHECK = 25  # steps between looks at the training accuracy; also how many batches are drawn at once
+
+# -- the tasks ---------------------------------------------------------------------------------------------------------
+
+
+def permutations(task: str) -> list[tuple[int, ...]]:
+    """Elements of a group (parity, S<n> or A<n>) as permutations, those of the fewest neighbour swaps first."""
+    n = 2 if task == "parity" else int(task[1:])
+    inversions = lambda p: sum(p[i] > p[j] for i in range(n) for j in range(i + 1, n))
+    found = sorted(itertools.permutations(range(n)), key=lambda p: (inversions(p), p))
+    return [p for p in found if inversions(p) % 2 == 0] if task[0] == "A" else found
+
+
+def multiplication_table(task: str) -> Tensor:
+    """``table[a, b]``: number of the element that does a first, then b."""
+    elements = permutations(task)
+    number = {p: i for i, p in enumerate(elements)}
+    return torch.tensor([[number[tuple(b[a_i] for a_i in a)] for b in elements] for a in elements])
+
+
+def word_problem(
+    table: Tensor, shape: tuple[int, ...], generator: torch.Generator, elements: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Random words ``[..., T]`` of the first `elements` (default: all), and their running products.
+
+    A log-depth scan: the products of 2, 4, 8, ... neighbours.
+    """
+    words = torch.randint(elements or len(table), shape, generator=generator, device=table.device)
+    products, reach = words, 1
+    while reach < shape[-1]:
+        products = torch.cat([products[..., :reach], table[products[..., :-reach], products[..., reach:]]], -1)
+        reach *= 2
+    return words, products
+
+
+# -- the models --------------------------------------------------------------------------------------------------------
+
+
+class Varied(M2RNN):
+    """The layer with parts taken away.
+
+    Args:
+        gate, residual, norm: keep ``· SiLU(g)``, ``+ D ⊙ v`` and the RMSNorm.
+        forget: keep the forget gate; without it f = 0.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        gate: bool = True,
+        residual: bool = True,
+        norm: bool = True,
+        forget: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(hidden_size, **options)
+        self.keeps = gate, residual, norm
+        if not forget:
+            self.decay_gate = AlwaysForget()
+
+    def _gate_and_norm(self, y: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        gate, residual, norm = self.keeps
+        y = (y + self.D * v if residual else y).flatten(-2)
+        y = y * F.silu(g) if gate else y
+        return self.output_projection(self.g_norm(y) if norm else y)
+
+
+class AlwaysForget(nn.Module):
+    def forward(self, x_f: Tensor) -> Tensor:
+        return torch.zeros_like(x_f, dtype=torch.float32)
+
+
+class ConvOnly(Varied):
+    """The causal conv without the SiLU after it. ``taps``: start as in the paper, or at "identity"."""
+
+    def __init__(self, hidden_size: int, *, taps: str = "random", **options: Any) -> None:
+        super().__init__(hidden_size, **options | dict(conv_size=None))
+        self.short_conv = CausalConv(self.projection_sizes[0], 4, init_std=self.init_std)
+        if taps == "identity":
+            start_at_identity(self.short_conv)
+
+    def _project(self, x: Tensor, pad: bool) -> tuple[Tensor, Tensor, Tensor]:
+        qkv, x_f, g = super()._project(x, pad)
+        return self.short_conv(qkv)[0], x_f, g
+
+
+def conv_and_silu(hidden_size: int, **options: Any) -> Varied:
+    """The paper's conv and SiLU, with the taps starting at the identity (a width of 1 leaves the SiLU only)."""
+    layer = Varied(hidden_size, **options)
+    assert layer.conv1d is not None
+    start_at_identity(layer.conv1d)
+    return layer
+
+
+def start_at_identity(conv: CausalConv) -> None:
+    with torch.no_grad():
+        conv.weight.zero_()[:, 0, -1] = 1
+
+
+class FullGRU(nn.Module):
+    """torch.nn.GRU (cuDNN's on a GPU), its state as wide as the residual stream."""
+
+    def __init__(self, hidden_size: int, **_: Any) -> None:
+        super().__init__()
+        self.gru = nn.GRU(hidden_size, hidden_size, batch_first=True)
+
+    def forward(self, x: Tensor, cache: None = None) -> Tensor:
+        return self.gru(x)[0]
+
+
+class Spec(NamedTuple):
+    """A model: how a mixer is made, layers, autocast's precision, and which tanh the recurrence takes on a GPU."""
+
+    make: Callable[..., nn.Module]
+    layers: int = 1
+    bf16: bool = False
+    hardware_tanh: bool | None = None
+    learning_rate: float = 2e-3
+
+
+WIDTH = 128
+M2RNN_SIZES: dict[str, Any] = dict(num_heads=4, key_dim=8, value_dim=64)
+DELTANET: dict[str, Any] = dict(num_heads=4, key_dim=32, value_dim=32)
+
+# What has to change in the paper's block for it to track state, all of it options of the layer; see
+# docs/reproduction.md for why. The sizes matter for S5: a row of H follows one of five points, which takes 25 of its V
+# columns (one for each pair of old place and new place).
+TRACKING: dict[str, Any] = dict(conv_size=None, state_weight_init="normal", init_std=WIDTH**-0.5, dt_init=(0.5, 2.0))
+BARE: dict[str, Any] = dict(gate=False, residual=False, norm=False, forget=False)
+
+
+def paper(**options: Any) -> Callable[..., nn.Module]:
+    """The block of the released models, with changes."""
+    return partial(Varied, **M2RNN_SIZES | options)
+
+
+def tracking(**options: Any) -> Callable[..., nn.Module]:
+    """The block for state tracking, with changes."""
+    return paper(**TRACKING | options)
+
+
+PAPER, RECOMMENDED = "m2rnn, the paper's block", "m2rnn, for state tracking"
+MODELS: dict[str, Spec] = {
+    RECOMMENDED: Spec(tracking()),
+    PAPER: Spec(paper()),
+    "gru": Spec(FullGRU),
+    "gated deltanet": Spec(partial(GatedDeltaNet, **DELTANET)),
+    "gated deltanet [-1, 1]": Spec(partial(GatedDeltaNet, **DELTANET, allow_neg_eigval=True)),
+    "gated deltanet, 2 layers": Spec(partial(GatedDeltaNet, **DELTANET), layers=2),
+    "gated deltanet [-1, 1], 2 layers": Spec(partial(GatedDeltaNet, **DELTANET, allow_neg_eigval=True), layers=2),
+    "softmax attention, 2 layers": Spec(partial(Attention, num_heads=4, rope_theta=10_000.0), layers=2),
+}
+BASELINES = tuple(MODELS)[2:]
+MODELS |= {
+    # from the paper's block towards the other
+    "paper + init 1/√d": Spec(paper(init_std=WIDTH**-0.5)),
+    "paper + init 1/√d, W normal": Spec(paper(init_std=WIDTH**-0.5, state_weight_init="normal")),
+    "paper + init 1/√d, no conv": Spec(paper(init_std=WIDTH**-0.5, conv_size=None)),
+    "paper + no conv, W normal": Spec(paper(conv_size=None, state_weight_init="normal")),
+    # from the block for state tracking back, one change at a time
+    "tracking, conv and SiLU": Spec(tracking(conv_size=4)),
+    "tracking, SiLU": Spec(partial(conv_and_silu, **M2RNN_SIZES | TRACKING | dict(conv_size=1))),
+    "tracking, conv": Spec(partial(ConvOnly, **M2RNN_SIZES | TRACKING)),
+    "tracking, conv from identity": Spec(partial(ConvOnly, **M2RNN_SIZES | TRACKING, taps="identity")),
+    "tracking, conv from identity, SiLU": Spec(partial(conv_and_silu, **M2RNN_SIZES | TRACKING | dict(conv_size=4))),
+    "tracking, W identity": Spec(tracking(state_weight_init="identity")),
+    "tracking, W orthogonal": Spec(tracking(state_weight_init="orthogonal")),
+    "tracking, init 0.02": Spec(tracking(init_std=0.02)),
+    "tracking, dt as in the paper": Spec(tracking(dt_init=(1e-3, 0.1))),
+    "tracking, f = 0": Spec(tracking(forget=False)),
+    "tracking, no gate": Spec(tracking(gate=False)),
+    "tracking, no residual": Spec(tracking(residual=False)),
+    "tracking, no norm": Spec(tracking(norm=False)),
+    "bare recurrence": Spec(tracking(**BARE)),
+    "bare recurrence, W identity": Spec(tracking(**BARE, state_weight_init="identity")),
+    # numerics, on a GPU
+    "tracking, approximate tanh": Spec(tracking(), hardware_tanh=True),
+    "tracking, bf16": Spec(tracking(), bf16=True),
+    "tracking, bf16, exact tanh": Spec(tracking(), bf16=True, hardware_tanh=False),
+}
+
+
+class Tracker(nn.Module):
+    """Embedding, pre-norm blocks of a mixer and a SwiGLU, norm, a linear head over the group."""
+
+    def __init__(self, spec: Spec, elements: int, width: int = WIDTH) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(elements + 1, width)  # the last one is the start token
+        blocks = [Block(width, spec.make(width), SwiGLU(width, 2 * width)) for _ in range(spec.layers)]
+        self.blocks, self.norm, self.head = nn.ModuleList(blocks), RMSNorm(width), nn.Linear(width, elements)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.start = elements
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Logits of the product after each element of ``words [B, T]``."""
+        x = self.embedding(F.pad(words, (1, 0), value=self.start))
+        for block in self.blocks:
+            x = block(x).x
+        return self.head(self.norm(x)[:, 1:]).float()
+
+
+@contextlib.contextmanager
+def tanh_of(spec: Spec) -> Iterator[None]:
+    """The choice between the exact and the hardware's tanh where it is not the dtype's own.
+
+    The public function has no such choice (exact in fp32, the hardware's in 16 bits); the Triton lowering has.
+    """
+    if spec.hardware_tanh is None:
+        yield
+        return
+    from m2rnn_compile.lowering import triton as lowering
+
+    chosen, own = spec.hardware_tanh, lowering._numerics
+    lowering._numerics = lambda v, _: own(v, chosen)
+    try:
+        yield
+    finally:
+        lowering._numerics = own
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+class Setting(NamedTuple):
+    """How long and on how much: words of short lengths come in larger batches."""
+
+    steps: int
+    tokens: int
+    test_sequences: int
+
+    def batch(self, length: int) -> int:
+        return min(self.tokens // length, self.tokens // 16)
+
+
+class Training:
+    """A model's optimizer step for words of one length after another; on a GPU each length is one CUDA graph.
+
+    The words of CHECK steps are drawn at once; a counter on the device says which of them come next, so that a replayed
+    graph goes through them, and through the table of learning rates, by itself.
+    """
+
+    def __init__(self, spec: Spec, task: str, setting: Setting, seed: int, device: torch.device) -> None:
+        torch.manual_seed(seed)
+        self.spec, self.setting, self.device = spec, setting, device
+        self.table = multiplication_table(task).to(device)
+        self.model = Tracker(spec, len(self.table)).to(device)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        rates = [spec.learning_rate * min(1, (i + 1) / 100) * self._schedule(i) for i in range(setting.steps + 1)]
+        self.rates = torch.tensor(rates, device=device)
+        self.rate = torch.tensor(0.0, device=device)
+        self.step, self.exact = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros((), device=device)
+        gpu = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            param_groups(self.model, 0.01), lr=self.rate, betas=(0.9, 0.95), fused=gpu or None, capturable=gpu
+        )
+        self.done, self.length, self.right = 0, 0, 0.0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.use(*stages(len(self.table))[0])
+
+    def _schedule(self, step: int) -> float:
+        left = 1 - step / self.setting.steps
+        return min(1.0, left / 0.4) * 0.99 + 0.01  # constant, then linearly to 1 %
+
+    def use(self, elements: int, length: int) -> None:
+        """Train on words of `length` over the first `elements` from now on."""
+        if self.length != length:
+            self.graph = None
+        self.elements, self.length = elements, length
+        shape = (CHECK, self.setting.batch(length), length)
+        if self.graph is None:
+            self.words = torch.zeros(shape, dtype=torch.int64, device=self.device)
+            self.products = torch.zeros_like(self.words)
+
+    def _one_step(self) -> None:
+        with tanh_of(self.spec):
+            self._step()
+
+    def _step(self) -> None:
+        batch = self.step % CHECK
+        words, products = (x.index_select(0, batch)[0] for x in (self.words, self.products))
+        self.rate.copy_(self.rates.index_select(0, self.step)[0])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.bf16):
+            logits = self.model(words)
+        self.optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(logits.flatten(0, 1), products.flatten()).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.exact += (logits.argmax(-1) == products).all(1).float().mean()
+        self.step += 1
+
+    def some_steps(self) -> Iterator[None]:
+        """CHECK steps; yields once they are under way, and sees then how many of their words were right."""
+        self.exact.zero_()
+        words, products = word_problem(self.table, tuple(self.words.shape), self.generator, self.elements)
+        self.words.copy_(words)
+        self.products.copy_(products)
+        for i in range(CHECK):
+            if self.device.type == "cuda" and i == 3 and self.graph is None:  # the first ones make buffers, compile
+                self._capture()
+            self._one_step() if self.graph is None else self.graph.replay()
+        self.done += CHECK
+        yield
+        self.right = self.exact.item() / CHECK  # waits for the GPU
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            self._one_step()
+        self.graph = graph
+
+
+def stages(elements: int) -> list[tuple[int, int]]:
+    """(elements, length) of the words in turn: short words over few elements, then over all, then longer ones.
+
+    Over all of S5 at once, even words of length 3 teach a model nothing for thousands of steps; a GRU excepted.
+    """
+    few = [(n, 8) for n in (5, 11, 31, 60) if n < elements]
+    return [*few, *((elements, length) for length in (8, 16, 32, 64, TRAIN_LENGTH))]
+
+
+def train_and_test(
+    title: str, task: str, seed: int, setting: Setting, device: torch.device, weights: Path | None = None
+) -> Any:
+    """A job for `recipes.run_jobs`. With a folder for `weights`, what is there already is not trained again.
+
+    It goes from one of the `stages` to the next when enough training words are all right, at the latest by a schedule
+    that leaves every model 40 % of its steps for words of length 128 over all elements.
+    """
+    spec, started = MODELS[title], time.perf_counter()
+    training = Training(spec, task, setting, seed, device)
+    file = None if weights is None else weights / f"{task}, {title.replace('/', ':')}, seed {seed}.pt"
+    if file is not None and file.exists():
+        training.model.load_state_dict(torch.load(file, map_location=device))
+        training.done = setting.steps
+    waiting, reached = stages(len(training.table)), {}
+    of = len(waiting)
+    while training.done < setting.steps:
+        late = training.done >= 0.6 * setting.steps * (of - len(waiting)) / (of - 1)
+        if waiting and (training.right > ENOUGH or late):
+            training.use(*waiting.pop(0))
+            reached[f"{training.elements} elements, length {training.length}"] = training.done
+        for _ in training.some_steps():
+            said = f"{training.elements} elements, length {training.length}, {training.right:.0%} right"
+            yield training.done / setting.steps, said
+    seconds = time.perf_counter() - started
+    if file is not None and not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(training.model.state_dict(), file)
+    yield 1.0, "testing"
+    measured = test(training.model.eval(), spec, training.table, setting.test_sequences, device)
+    row = dict(
+        task=task, model=title, seed=seed, steps=setting.steps, tokens=setting.tokens,
+        parameters=sum(p.numel() for p in training.model.parameters()), reached=reached,
+        train_exact=round(training.right, 4), seconds=round(seconds, 1), test_sequences=setting.test_sequences,
+        **measured,
+    )  # fmt: skip
+    row["summary"] = f"exact match at 128 {row['exact'][128]:.1%}, at 512 {row['exact'][512]:.1%}, at 4096 " + (
+        f"{row['exact'][4096]:.1%}"
+    )
+    return row
+
+
+@torch.no_grad()
+def test(model: nn.Module, spec: Spec, table: Tensor, sequences: int, device: torch.device) -> dict[str, Any]:
+    """Exact match, and the share of right products, at every length; on words that no training seed draws."""
+    generator = torch.Generator(device).manual_seed(10**6)
+    right = []
+    at_once = 250 if device.type == "cuda" else 50
+    for start in range(0, sequences, at_once):
+        words, products = word_problem(table, (min(at_once, sequences - start), TEST_LENGTH), generator)
+        with tanh_of(spec), torch.autocast(device.type, torch.bfloat16, enabled=spec.bf16):
+            right.append(model(words).argmax(-1) == products)
+    ok = torch.cat(right)
+    exact = ok.cumprod(1).double().mean(0).cpu()
+    token = (ok.double().mean(0).cumsum(0).cpu()) / torch.arange(1, TEST_LENGTH + 1)
+    last = ok.double().mean(0).cpu()
+    at = lambda x: {L: round(float(x[L - 1]), 5) for L in LENGTHS}
+    return dict(exact=at(exact), token=at(token), last=at(last))
+
+
+# -- presets, tables, plot ---------------------------------------------------------------------------------------------
+
+PRESETS = {
+    "cpu": "S3: two blocks of M²RNN, GRU, Gated DeltaNet; 1 seed; under 5 minutes on 2 cores",
+    "h200": "S5, S3, A5, parity: the same and softmax attention; S3: 22 variants; 3 seeds; under 9 minutes on one GPU",
+    "cpu-long": "as h200 with smaller batches, hours on 2 cores: pick runs with --only, --seeds and --minutes",
+}
+
+
+def plan(preset: str, steps: float) -> Iterator[tuple[str, str, Setting]]:
+    """(task, model, setting) of every run, but for the seeds."""
+    scale = lambda n: max(CHECK, round(n * steps / CHECK) * CHECK)
+    main = (RECOMMENDED, PAPER, "gru", "gated deltanet [-1, 1]")
+    if preset == "cpu":
+        for model in main:
+            yield "S3", model, Setting(scale(700), 1024, 100)
+        return
+    if preset == "cpu-long":
+        for task, length in (("S5", 5000), ("S3", 1500), ("A5", 4000), ("parity", 1000)):
+            for model in (RECOMMENDED, PAPER, *BASELINES):
+                yield task, model, Setting(scale(length), 2048, 1000 if model == RECOMMENDED else 200)
+        for model in MODELS:
+            if model not in (RECOMMENDED, PAPER, *BASELINES) and "bf16" not in model and "tanh" not in model:
+                yield "S3", model, Setting(scale(1500), 2048, 200)
+        return
+    for task, length in (("S5", 6000), ("S3", 2500), ("A5", 4500), ("parity", 1000)):
+        for model in (RECOMMENDED, PAPER, *BASELINES):
+            yield task, model, Setting(scale(length), 16384, 2000)
+    for model in MODELS:
+        if model not in (RECOMMENDED, PAPER, *BASELINES):
+            yield "S3", model, Setting(scale(2500), 16384, 2000)
+
+
+def tables(rows: list[dict[str, Any]], console: Console) -> None:
+    """One table a task: exact match at some lengths, the worst and the best seed."""
+    shown = (128, 512, 1024, 4096)
+    for task in dict.fromkeys(row["task"] for row in rows):
+        table = Table(title=f"{task}: exact match in %, worst and best seed")
+        table.add_column("model")
+        for L in shown:
+            table.add_column(f"at {L}", justify="right")
+        table.add_column("right products to 4096", justify="right")
+        table.add_column("seeds", justify="right")
+        for model in dict.fromkeys(row["model"] for row in rows if row["task"] == task):
+            of = [row for row in rows if row["task"] == task and row["model"] == model]
+            style = "bold green" if min(at(row["exact"], 4096) for row in of) >= 0.999 else ""
+            cells = [spread(of, "exact", L) for L in shown]
+            table.add_row(model, *cells, spread(of, "token", 4096), str(len(of)), style=style)
+        console.print(table)
+
+
+def spread(rows: list[dict[str, Any]], key: str, length: int) -> str:
+    """The smallest and the largest value in %, or the one that both are."""
+    values = [at(row[key], length) for row in rows]
+    return " … ".join(dict.fromkeys(f"{100 * x:.2f}" for x in (min(values), max(values))))
+
+
+def at(curve: dict[Any, float], length: int) -> float:
+    """A curve's value; JSON has made its keys strings."""
+    return curve[length] if length in curve else curve[str(length)]
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Exact match against length, the mean over seeds; one panel a task."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    shown = [RECOMMENDED, PAPER, *BASELINES]
+    made, axes = recipes.figure(len(tasks))
+    for axis, task in zip(axes, tasks, strict=True):
+        for i, model in enumerate(m for m in shown if any(r["model"] == m and r["task"] == task for r in rows)):
+            curves = [row["exact"] for row in rows if row["task"] == task and row["model"] == model]
+            mean = [sum(at(c, L) for c in curves) / len(curves) for L in LENGTHS]
+            axis.plot(LENGTHS, mean, label=model, color=f"C{shown.index(model)}", linewidth=2.5 if i < 2 else 1.3)
+        axis.axvline(TRAIN_LENGTH, color="grey", linestyle=":")
+        axis.set(title=task, xscale="log", xlabel="length (trained to the dotted line)", ylabel="exact match")
+        axis.set_ylim(-0.03, 1.03)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="x-small")
+    recipes.save_figure(made, path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = recipes.parser("state_tracking", __doc__ or "", PRESETS)
+    parser.add_argument("--concurrent", type=int, help="runs that share the device (default: 12 on a GPU, else 1)")
+    parser.add_argument("--weights", type=Path, metavar="FOLDER", help="keep weights there; test those that are there")
+    parser.add_argument("--list", action="store_true", help="print the runs of the preset and end")
+    args = parser.parse_args(argv)
+    console = Console()
+    if args.from_record is None:
+        rows = measure(args, console)
+    else:
+        rows = [row for file in args.from_record for row in recipes.read_record(file)[1]]
+    if rows:
+        tables(rows, console)
+    if rows and args.plot is not None:
+        plot(rows, args.plot)
+    return 0
+
+
+def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    seeds = args.seeds or ([0] if args.preset == "cpu" else [0, 1, 2])
+    runs = [
+        (f"{task}, {model}, seed {seed}", task, model, setting, seed)
+        for task, model, setting in plan(args.preset, args.steps)
+        for seed in seeds
+        if recipes.matches(f"{task}, {model}", args.only)
+    ]
+    if args.list:
+        console.print("\n".join(title for title, *_ in runs))
+        return []
+    device = recipes.device_of(args.preset, console)
+    record = recipes.Record(args.out, "state-tracking", device, preset=args.preset)
+    jobs = [
+        (title, partial(train_and_test, model, task, seed, setting, device, args.weights))
+        for title, task, model, setting, seed in runs
+    ]
+    started = time.monotonic()
+    deadline = None if args.minutes is None else started + 60 * args.minutes
+    concurrent = args.concurrent or (12 if device.type == "cuda" else 1)
+    left_out = recipes.run_jobs(jobs, record, console, device, concurrent=concurrent, deadline=deadline)
+    record.close(seconds=round(time.monotonic() - started, 1), left_out=left_out)
+    console.print(f"{len(record.rows)} runs in {time.monotonic() - started:.0f} s; {len(left_out)} left out")
+    return record.rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

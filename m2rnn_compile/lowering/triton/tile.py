@@ -17,6 +17,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
+# Names that Triton changed after 3.6.
+PRIVATE_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
+copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
 
 @gluon.constexpr_function
 def _powers(first, count):
@@ -136,7 +140,7 @@ def stage_rows(shared, ptr, stride_t, stride_d, t, left, d_first, D: gl.constexp
     ok = i < left
     if D % BD != 0:
         ok = ok & (d < D)
-    async_copy.async_copy_global_to_shared(shared, at, mask=ok)
+    copy_to_shared(shared, at, mask=ok)
 
 
 @gluon.jit
@@ -144,7 +148,7 @@ def stage_gate(shared, ptr, stride_t, t, left, C: gl.constexpr):
     L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     i = gl.arange(0, C, L)
     at = ptr + t.to(gl.int64) * stride_t + i.to(gl.int64) * stride_t
-    async_copy.async_copy_global_to_shared(shared, at, mask=i < left)
+    copy_to_shared(shared, at, mask=i < left)
 
 
 @gluon.jit
@@ -157,7 +161,10 @@ def finish_gate(shared, left, C: gl.constexpr):
 @gluon.jit
 def steps_of(shared, C: gl.constexpr, D: gl.constexpr):
     """A staged chunk as C lines of D elements, of which `.index(u)` picks one."""
-    return shared._reinterpret(shared.dtype, [C, D], LINE)
+    if PRIVATE_REINTERPRET:
+        return shared._reinterpret(shared.dtype, [C, D], LINE)
+    else:
+        return shared.reinterpret(shared.dtype, [C, D], LINE)
 
 
 @gluon.jit

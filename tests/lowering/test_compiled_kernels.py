@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernels compile to for three GPU generations, without a GPU: registers, spills and shared memory.
+
+A snapshot holds bounds, not figures: compilers differ by a few registers from release to release. A kernel that grows
+beyond its bound, or shrinks far below it, fails; EXPECTTEST_ACCEPT=1 then writes new bounds.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from expecttest import TestCase
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from m2rnn_compile.lowering.triton.backward import scan_backward_kernel
+from m2rnn_compile.lowering.triton.forward import scan_forward_kernel
+from m2rnn_compile.lowering.triton.gluon import (
+    _import_error,
+    backward_gluon_kernel,
+    backward_wide_kernel,
+    forward_gluon_kernel,
+)
+
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+needs_tools = pytest.mark.skipif(not (BIN / "cuobjdump").exists(), reason="this Triton has no NVIDIA tools with it")
+
+# Head counts, rows and columns of the benchmark's shapes A to C and D.
+A = dict(N=84, K=64, V=16, Gq=84, Gk=84, Gv=1, Gf=1, Gw=1, BV=16, PACKED=False)
+D = dict(N=16, K=64, V=64, Gq=16, Gk=16, Gv=1, Gf=1, Gw=1, BV=64, PACKED=False)
+FORWARD = dict(HAS_H0=False, SAVE=True)
+BACKWARD = dict(HAS_DY=True, CLIP=1)
+LOW = {"q", "k", "v", "W", "dy"}
+GLUON_LOW = LOW | {"ckpt", "dq", "dk", "dv"}
+STRIDE_ONE = {"q_sk", "k_sk", "v_sv", "dy_sv", "f_sn"}
+UNALIGNED = {"T", "NC", "f_st", "f_sb", "chunk_first", "chunk_last", "window"}
+
+
+class Resources(NamedTuple):
+    """Of one compiled kernel: registers of a thread, bytes of its stack (what spills), bytes of shared memory."""
+
+    registers: int
+    stack: int
+    shared: int
+
+    def bound(self) -> Resources:
+        """A little above: 8 registers, 128 bytes of stack, 1 KiB of shared memory, rounded up."""
+        up = lambda x, step: -(-x // step) * step
+        return Resources(min(255, up(self.registers + 4, 8)), up(self.stack + 64, 128), up(self.shared, 1024))
+
+    def within(self, bound: Resources) -> bool:
+        """At most the bound, and not so far below it that the bound says nothing any more."""
+        below = all(x <= y for x, y in zip(self, bound, strict=True))
+        return below and self.registers > bound.registers - 48 and self.shared > bound.shared - 4096
+
+
+def compile_kernel(
+    kernel: Any, constants: dict[str, Any], capability: int, warps: int, registers: int | None
+) -> Resources:
+    """Compile for bf16 inputs as the launcher would: innermost strides 1, pointers and strides aligned to 16."""
+    gluon = "gluon" in type(kernel).__module__
+    constants = {**constants, **{name: 1 for name in kernel.arg_names if name in STRIDE_ONE}}
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            low = name[:-4] in (GLUON_LOW if gluon else LOW)
+            signature[name] = "*i32" if name == "cu_ptr" else "*bf16" if low else "*fp32"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name == "clip" else "i32"
+            if name not in UNALIGNED and name != "clip":
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    Source = gluon_source() if gluon else ASTSource
+    options = {"num_warps": warps, **({"maxnreg": registers} if registers else {})}
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(Source(kernel, signature, constants, attributes), target=target, options=options)
+    return Resources(*registers_and_stack(compiled.asm["cubin"]), compiled.metadata.shared)
+
+
+def gluon_source() -> Any:
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
+
+
+def registers_and_stack(cubin: bytes) -> tuple[int, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(BIN / "cuobjdump"), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found is not None, text
+    return int(found[1]), int(found[2])
+
+
+def table(measured: dict[str, Resources], recorded: str) -> str:
+    """The recorded lines where they bound what was measured, new bounds elsewhere."""
+    kept = {}
+    for line in recorded.strip().splitlines():
+        name, *numbers = (x.strip() for x in line.split("|"))
+        kept[name] = Resources(*(int(re.sub(r"\D", "", x)) for x in numbers))
+    lines = []
+    for name, resources in measured.items():
+        bound = kept[name] if name in kept and resources.within(kept[name]) else resources.bound()
+        lines.append(f"{name:<16} | registers <= {bound.registers} | stack <= {bound.stack} | shared <= {bound.shared}")
+    return "\n".join(lines) + "\n"
+
+
+def gluon_kernels(capability: int) -> dict[str, Resources]:
+    if _import_error():
+        pytest.skip(str(_import_error()))
+    forward, backward, wide = forward_gluon_kernel(), backward_gluon_kernel(), backward_wide_kernel()
+    A32, D32 = dict(A, C=32), dict(D, C=32)
+    plans = {
+        "forward A": (forward, dict(A32, BK=32, **FORWARD), 1, None),
+        "forward C": (forward, dict(A32, BK=32, **FORWARD), 2, None),
+        "forward D": (forward, dict(D32, BK=64, **FORWARD), 4, None),
+        "backward A": (backward, dict(A32, BK=32, **BACKWARD), 1, 168),
+        "backward C": (backward, dict(A32, BK=16, **BACKWARD), 1, None),
+    }
+    if capability == 90:
+        plans["backward D"] = (wide, dict(D32, BK=64, **BACKWARD), 4, None)
+    return {name: compile_kernel(k, c, capability, warps, most) for name, (k, c, warps, most) in plans.items()}
+
+
+def portable_kernels(capability: int) -> dict[str, Resources]:
+    numerics = dict(DOT=tl.bfloat16, HARDWARE=True, C=64)
+    forward = dict(A, BK=32, **FORWARD, **numerics)
+    backward = dict(A, BK=16, **{**BACKWARD, "CLIP": True}, SLOTS=1, **numerics)
+    return {
+        "forward": compile_kernel(scan_forward_kernel, forward, capability, 1, None),
+        "backward": compile_kernel(scan_backward_kernel, backward, capability, 1, None),
+    }
+
+
+@needs_tools
+class CompiledKernels(TestCase):
+    def check(self, measured: dict[str, Resources], recorded: str) -> None:
+        self.assertExpectedInline(table(measured, recorded), recorded, skip=1)
+
+    def test_portable_sm80(self) -> None:
+        self.check(portable_kernels(80), """\
+forward          | registers <= 88 | stack <= 128 | shared <= 1024
+backward         | registers <= 255 | stack <= 128 | shared <= 4096
+""")
+
+    def test_gluon_sm80(self) -> None:
+        self.check(gluon_kernels(80), """\
+forward A        | registers <= 144 | stack <= 128 | shared <= 15360
+forward C        | registers <= 104 | stack <= 128 | shared <= 19456
+forward D        | registers <= 255 | stack <= 256 | shared <= 91136
+backward A       | registers <= 176 | stack <= 384 | shared <= 18432
+backward C       | registers <= 248 | stack <= 128 | shared <= 10240
+""")
+
+    def test_portable_sm90(self) -> None:
+        self.check(portable_kernels(90), """\
+forward          | registers <= 88 | stack <= 128 | shared <= 1024
+backward         | registers <= 255 | stack <= 128 | shared <= 4096
+""")
+
+    def test_gluon_sm90(self) -> None:
+        self.check(gluon_kernels(90), """\
+forward A        | registers <= 144 | stack <= 128 | shared <= 15360
+forward C        | registers <= 104 | stack <= 128 | shared <= 19456
+forward D        | registers <= 255 | stack <= 128 | shared <= 91136
+backward A       | registers <= 176 | stack <= 384 | shared <= 18432
+backward C       | registers <= 224 | stack <= 128 | shared <= 10240
+backward D       | registers <= 255 | stack <= 384 | shared <= 214016
+""")
+
+    def test_portable_sm100(self) -> None:
+        self.check(portable_kernels(100), """\
+forward          | registers <= 96 | stack <= 128 | shared <= 1024
+backward         | registers <= 224 | stack <= 128 | shared <= 4096
+""")
+
+    def test_gluon_sm100(self) -> None:
+        self.check(gluon_kernels(100), """\
+forward A        | registers <= 136 | stack <= 128 | shared <= 15360
+forward C        | registers <= 80 | stack <= 128 | shared <= 19456
+forward D        | registers <= 255 | stack <= 128 | shared <= 91136
+backward A       | registers <= 176 | stack <= 384 | shared <= 18432
+backward C       | registers <= 232 | stack <= 128 | shared <= 10240
+""")
+
+
+def test_a_kernel_that_spills_or_grows_is_noticed() -> None:
+    bounds = table({"k": Resources(100, 0, 5000)}, "")
+    assert table({"k": Resources(104, 16, 5120)}, bounds) == bounds
+    for other in (Resources(120, 0, 5000), Resources(100, 600, 5000), Resources(100, 0, 9000), Resources(40, 0, 5000)):
+        assert table({"k": other}, bounds) != bounds

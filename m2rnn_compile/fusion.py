@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def enable_fusion(
-    enabled: bool = True, *, devices: Sequence[str] = ("cuda",), prologue: bool = False
+    enabled: bool = True, *, devices: Sequence[str] = ("cuda",), prologue: bool = False, conv: bool = False
 ) -> FusionSettings:
     """Turn fusion of the scan with its surroundings under `torch.compile` on (the default) or off.
 
@@ -30,12 +30,14 @@ def enable_fusion(
     Args:
         devices: device types to fuse on. On a CPU the compiler's own pass over the tail is as good.
         prologue: also move the forget gate into the op. It saves no pass over memory.
+        conv: also move the causal convolution and SiLU in front of the scan into an op with kernels of its own: one
+            pass of the backward instead of four. Off by default until it has been timed on a GPU.
 
     Returns:
         The settings before, to restore with ``enable_fusion(**before._asdict())``.
     """
     before = fusion_switch.SETTINGS
-    fusion_switch.change(FusionSettings(bool(enabled), tuple(devices), bool(prologue)))
+    fusion_switch.change(FusionSettings(bool(enabled), tuple(devices), bool(prologue), bool(conv)))
     fusion_switch.install_when_compiling()
     return before
 

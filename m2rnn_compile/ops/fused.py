@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import conv as conv  # the op m2rnn::conv_silu, of the same rewrite
 from . import registry
 from .library import LIB, functorch_active, register_autocast
 from .reference import expand_heads, sum_shared_heads

@@ -120,3 +120,22 @@ def test_what_does_not_fit_is_refused() -> None:
     x = make_fused(**CASES["layer"], N=300, V=33, K=1, T=1)
     with pytest.raises(ValueError, match="norm over all N·V features takes up to 16384"):
         m2rnn_fused(**x.tensors, **x.options, impl="triton")
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+@pytest.mark.parametrize("packed", [False, True])
+def test_conv_kernels(width: int, packed: bool) -> None:
+    """Several programs in time and channels, rows further apart than C, and sequences shorter than the taps."""
+    from m2rnn_compile.lowering.triton import conv as kernels
+    from m2rnn_compile.ops import conv as equations
+
+    B, T, C = 1 if packed else 2, 21, 37
+    x, w, dy = torch.randn(B, T, C + 5)[..., 2:-3], torch.randn(C, width), torch.randn(B, T, C)
+    position = torch.cat([torch.arange(n) for n in (1, 2, 8, 10)]) if packed else None
+    got = kernels.conv_silu(x, w, position, steps=8, channels=16)
+    torch.testing.assert_close(got, equations.conv_silu(x.double(), w.double(), position).float())
+    truth = equations.conv_silu_backward(dy.double(), x.double(), w.double(), position)
+    for a, b in zip(kernels.conv_silu_backward(dy, x, w, position, steps=8, channels=16), truth, strict=True):
+        torch.testing.assert_close(a, b.float())
+    assert kernels.conv_silu(x[:, :0], w, None).shape == (B, 0, C)
+    assert kernels.conv_silu_backward(dy[:, :0], x[:, :0], w, None)[1].abs().sum() == 0

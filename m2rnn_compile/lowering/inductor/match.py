@@ -38,7 +38,7 @@ class Match:
     activation: str = "silu"
     norm: str = "none"
     norm_weight: Node | None = None
-    norm_eps: float = 1e-5
+    norm_eps: float | Node = 1e-5  # a node where Dynamo made an input of the module's attribute
     qkv: Node | None = None  # of which q, k and v are consecutive slices
     stopped: str = ""  # why the tail ends where it does
     prologue_stopped: str = ""
@@ -53,8 +53,8 @@ class Match:
         return {"none": [], "decay": ["decay gate"], "sigmoid": ["sigmoid forget gate"]}[self.forget]
 
     def extra_inputs(self) -> list[Node]:
-        fields = (self.x_f, self.A_log, self.dt_bias, self.D, self.g, self.norm_weight)
-        return [x for x in fields if x is not None]
+        fields = (self.x_f, self.A_log, self.dt_bias, self.D, self.g, self.norm_weight, self.norm_eps)
+        return [x for x in fields if isinstance(x, Node)]
 
 
 # ---- reading one node -----------------------------------------------------------------------------------------------
@@ -126,6 +126,10 @@ def _same(a: Any, b: Any) -> bool:
         return False
     rest = a.args[1:] == b.args[1:] and a.kwargs == b.kwargs
     return rest and _same(a.args[0], b.args[0])
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) or (isinstance(x, Node) and isinstance(value(x), (float, torch.SymFloat)))
 
 
 def _unrepeat(n: Any, N: int) -> Any:
@@ -340,7 +344,7 @@ class _Tail:
             return False
         end, size, weight, eps = found
         x = value(end)
-        if not isinstance(x, Tensor) or self._layout(end) is None or not isinstance(eps, (int, float)):
+        if not isinstance(x, Tensor) or self._layout(end) is None or not _is_number(eps):
             return False
         if size == (self.V,) and not flat:
             kind = "head"
@@ -350,11 +354,12 @@ class _Tail:
             return False
         if weight is not None and (_shape(weight) is None or math.prod(_shape(weight) or ()) != math.prod(size)):
             return False
-        self.m.norm, self.m.norm_weight, self.m.norm_eps = kind, weight, float(eps)
+        self.m.norm, self.m.norm_weight = kind, weight
+        self.m.norm_eps = eps if isinstance(eps, Node) else float(eps)
         self._take(end, flat)
         return True
 
-    def _rms_norm_call(self, at: Node) -> tuple[Node, tuple[Any, ...], Node | None, float] | None:
+    def _rms_norm_call(self, at: Node) -> tuple[Node, tuple[Any, ...], Node | None, float | Node] | None:
         if len(at.users) != 1:
             return None
         (user,) = at.users
@@ -366,7 +371,7 @@ class _Tail:
             return None
         return user, tuple(named["normalized_shape"]), named.get("weight"), eps
 
-    def _rms_norm_by_hand(self, at: Node) -> tuple[Node, tuple[Any, ...], Node | None, float] | None:
+    def _rms_norm_by_hand(self, at: Node) -> tuple[Node, tuple[Any, ...], Node | None, float | Node] | None:
         """x · rsqrt(mean(x², dims) + eps) [· weight], x in one dtype or two."""
         squares = [u for u in at.users if self._is_square(u, at)]
         if len(squares) != 1:
@@ -376,7 +381,7 @@ class _Tail:
         eps_node = self._only_user(mean)
         eps = None if mean is None else _other(eps_node, mean, "add")
         rsqrt = self._only_user(eps_node)
-        if dims is None or not keepdim or not isinstance(eps, (int, float)) or name(rsqrt) != "rsqrt":
+        if dims is None or not keepdim or not _is_number(eps) or name(rsqrt) != "rsqrt":
             return None
         scaled = self._only_user(rsqrt)
         x = uncast(_other(scaled, rsqrt, "mul")) if rsqrt is not None else None

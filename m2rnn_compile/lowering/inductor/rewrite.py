@@ -19,9 +19,11 @@ from torch.fx import Graph, Node
 
 from ...ops.fusion_switch import FusionSettings
 from .match import SCAN, Match, match, name, value
+from .match_conv import Conv, match_conv
 
 FUSED_SCAN = torch.ops.m2rnn.fused_scan.default
 FUSED_SCAN_PACKED = torch.ops.m2rnn.fused_scan_packed.default
+CONV_SILU = torch.ops.m2rnn.conv_silu.default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +76,30 @@ def _fuse_one(graph: Graph, scan: Node, settings: FusionSettings) -> FusionRecor
     else:
         left.append(f"{m.prologue_parts()[0]}: one small pass either way, left to the compiler")
         m = dataclasses.replace(m, forget="none", x_f=None, A_log=None, dt_bias=None)
+    conv: Conv | str = match_conv(m.qkv) if m.qkv is not None and settings.conv else ""
+    if isinstance(conv, Conv):
+        conv = _conv_why_not(conv) or conv
     if m.qkv is not None:
         parts.insert(0, "q | k | v as one tensor")
+    if isinstance(conv, Conv):
+        parts.insert(0, "causal conv, SiLU")
+    elif conv:
+        left.append(f"in front of q | k | v: {conv}")
     record = _record(scan, m, parts, left)
     _replace(graph, m)
+    if isinstance(conv, Conv):
+        _replace_conv(graph, conv)
     return record
+
+
+def _conv_why_not(conv: Conv) -> str | None:
+    """Why the kernel does not take this convolution, or None. Where there are no kernels, the op is plain torch."""
+    x = value(conv.x)
+    if x.device.type != "cuda":
+        return None
+    from ..triton.conv import unsupported  # _cuda_why_not has imported Triton already
+
+    return unsupported(x.dtype, value(conv.weight).shape[1])
 
 
 def _why_not(m: Match, settings: FusionSettings) -> str | None:
@@ -206,6 +227,15 @@ def _replace(graph: Graph, m: Match) -> None:
         user.replace_all_uses_with(outputs[user.args[1]]) if user.args[1] != 0 else None
     _sort(graph)
     _erase_dead(graph, last)
+
+
+def _replace_conv(graph: Graph, conv: Conv) -> None:
+    with graph.inserting_before(conv.last):
+        made = graph.call_function(CONV_SILU, (conv.x, conv.weight, conv.position))
+    made.meta = dict(conv.last.meta)
+    conv.last.replace_all_uses_with(made)
+    _sort(graph)
+    _erase_dead(graph, conv.last)
 
 
 def _sort(graph: Graph) -> None:

@@ -25,6 +25,7 @@ from .ops import (
 if TYPE_CHECKING:
     from .fusion import FusionReport, enable_fusion, explain
     from .layers import M2RNN
+    from .warm import warmup
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,10 +41,11 @@ __all__ = [
     "m2rnn_decode_step",
     "m2rnn_fused",
     "m2rnn_step",
+    "warmup",
 ]
 
 
-_LAZY = {"M2RNN": "layers", "FusionReport": "fusion", "enable_fusion": "fusion", "explain": "fusion"}
+_LAZY = {"M2RNN": "layers", "FusionReport": "fusion", "enable_fusion": "fusion", "explain": "fusion", "warmup": "warm"}
 
 
 def __getattr__(name: str) -> Any:

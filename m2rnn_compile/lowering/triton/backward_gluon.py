@@ -92,7 +92,7 @@ def undo(carry, h_before, e, s, qs, ks, vs, fs, dys, t, u: gl.constexpr, Wt, dk,
     return carry, df, dk, dv, dWt
 
 
-@gluon.jit(do_not_specialize=["T", "NC", "chunk_first", "chunk_last", "window"])
+@gluon.jit(do_not_specialize=["T", "NC", "chunk_first", "chunk_last", "window", "f_sb", "df_skb"])
 def scan_backward_gluon_kernel(
     q_ptr, k_ptr, v_ptr, f_ptr, W_ptr, dy_ptr, cu_ptr, ckpt_ptr,
     carry_ptr, dW_ptr, dq_ptr, dk_ptr, dv_ptr, df_ptr,

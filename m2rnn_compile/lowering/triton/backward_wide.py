@@ -90,7 +90,7 @@ def add_rows(dv, du_shared, ks, t, u: gl.constexpr, BK: gl.constexpr):
     return mma_v2(du_shared.permute((1, 0)).load(left_layout(MMA)), rows_of_right_operand(ks, t, u, BK, MMA), dv)
 
 
-@gluon.jit(do_not_specialize=["T", "NC", "chunk_first", "chunk_last", "window"])
+@gluon.jit(do_not_specialize=["T", "NC", "chunk_first", "chunk_last", "window", "f_sb", "df_skb"])
 def scan_backward_wide_kernel(
     q_ptr, k_ptr, v_ptr, f_ptr, W_ptr, dy_ptr, cu_ptr, ckpt_ptr,
     carry_ptr, dW_ptr, dq_ptr, dk_ptr, dv_ptr, df_ptr,

@@ -52,7 +52,7 @@ def read(h, qs, t, BK: gl.constexpr, BV: gl.constexpr):
     return sum_own_rows(h * rows(qs, t, BK, L), BK, BV)
 
 
-@gluon.jit(do_not_specialize=["T", "NC"])
+@gluon.jit(do_not_specialize=["T", "NC", "f_sb"])
 def scan_forward_gluon_kernel(
     q_ptr, k_ptr, v_ptr, f_ptr, W_ptr, h0_ptr, cu_ptr, y_ptr, final_ptr, ckpt_ptr,
     T, NC,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["rows", "inner", "t_first"])
+@triton.jit(do_not_specialize=["rows", "inner", "T", "t_first", "block_stride"])
 def reduce_kernel(
     part_ptr, out_ptr, rows, inner, heads_in, T, t_first, block_stride,
     BLOCKS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile a scan's kernels before the first batch needs them, for instance before a server takes requests."""
+
+from __future__ import annotations
+
+import torch
+
+from .ops import m2rnn
+
+LENGTH = 8  # steps of the trial runs: launch configurations and compiled kernels do not depend on T
+
+
+def warmup(
+    *,
+    B: int,
+    N: int,
+    K: int,
+    V: int,
+    Nq: int = 1,
+    Nk: int = 1,
+    Nv: int | None = None,
+    Nf: int | None = None,
+    Nw: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cuda",
+    initial_state: bool = False,
+    packed: bool = False,
+    backward: bool = True,
+    state_grad_clip: float | None = None,
+    impl: str = "auto",
+) -> None:
+    """Run `m2rnn` once on a few steps of random input, so that what it needs at any T is compiled.
+
+    Args:
+        B: sequences of a batch; with `packed`, sequences packed along time.
+        N: heads of the result; Nv, Nf and Nw default to it, Nq and Nk to 1, as in the paper's models.
+        K, V: rows and columns of the state.
+        dtype: of q, k, v and W; f is fp32.
+        device: where; on a CPU this builds the C++ kernel.
+        initial_state, packed, state_grad_clip: as the calls to come will have them: each is a kernel of its own.
+        backward: with gradients (training). Without, the kernels of inference only.
+        impl: as in `m2rnn`.
+
+    The random-number generators of torch are left as they were.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator, device=device)
+
+    batch, T = (1, B * LENGTH) if packed else (B, LENGTH)
+    leaves = [
+        random(batch, T, Nq, K).to(dtype),
+        random(batch, T, Nk, K).to(dtype),
+        random(batch, T, Nv or N, V).to(dtype),
+        random(batch, T, Nf or N),
+        random(Nw or N, V, V).to(dtype) / V,
+    ]
+    q, k, v, f, W = (x.requires_grad_(backward) for x in leaves)
+    cu_seqlens = torch.arange(0, T + 1, LENGTH, dtype=torch.int32, device=device) if packed else None
+    with torch.set_grad_enabled(backward):
+        y, final_state = m2rnn(
+            q, k, v, f, W, initial_state=random(B, N, K, V) if initial_state else None, cu_seqlens=cu_seqlens,
+            state_grad_clip=state_grad_clip, impl=impl,
+        )  # fmt: skip
+        if backward:
+            assert final_state is not None
+            torch.autograd.grad(y.float().sum() + final_state.sum(), (q, k, v, f, W))

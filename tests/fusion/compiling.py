@@ -14,7 +14,7 @@ from m2rnn_compile import enable_fusion
 from m2rnn_compile.lowering.inductor.rewrite import FusionRecord, fuse
 from m2rnn_compile.ops import fusion_switch
 
-ON_CPU: dict[str, Any] = dict(devices=("cpu", "cuda"), prologue=True, conv=True)
+ON_CPU: dict[str, Any] = dict(devices=("cpu", "cuda"), prologue=True)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -14,10 +14,8 @@ from torch.library import opcheck
 from m2rnn_compile import M2RNN, enable_fusion
 from m2rnn_compile.layers.conv import CausalConv
 from m2rnn_compile.layers.mixer import positions_in_sequence
-from tests.fusion.compiling import Rewriting, fusion_on_cpu
+from tests.fusion.compiling import ON_CPU, Rewriting
 from tests.ops.helpers import LAYOUTS
-
-__all__ = ["fusion_on_cpu"]
 
 B, T, C = 2, 13, 6
 SEQLENS = [0, 1, 1, 3, 10, 13]  # of length 1, 0, 2, 7, 3: shorter and longer than the taps
@@ -82,6 +80,13 @@ def test_no_second_derivative() -> None:
 # ---- the rewrite ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def conv_on_cpu() -> Iterator[None]:
+    before = enable_fusion(True, **ON_CPU, conv=True)
+    yield
+    enable_fusion(**before._asdict())
+
+
 def values_and_gradients(fn: Callable[..., Tensor], layer: M2RNN, x: Tensor, **options: Tensor) -> list[Tensor]:
     x = x.detach().requires_grad_()
     y = fn(x, **options)
@@ -91,7 +96,7 @@ def values_and_gradients(fn: Callable[..., Tensor], layer: M2RNN, x: Tensor, **o
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_the_layer(fusion_on_cpu: None, packed: bool, dynamic: bool) -> None:
+def test_the_layer(conv_on_cpu: None, packed: bool, dynamic: bool) -> None:
     """All of it fuses, also with `dynamic=True`, where Dynamo makes inputs of sizes and of the norm's eps."""
     layer = M2RNN(32, num_heads=6, key_dim=8, value_dim=4)
     torch.nn.init.normal_(layer.conv1d.weight, std=0.5)
@@ -102,9 +107,9 @@ def test_the_layer(fusion_on_cpu: None, packed: bool, dynamic: bool) -> None:
     got = values_and_gradients(compiled, layer, x, **options)
     for a, b in zip(got, values_and_gradients(layer, layer, x, **options), strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
-    assert backend.parts() == [
-        "causal conv, SiLU", "q | k | v as one tensor", "decay gate", "D ⊙ v", "SiLU(g)", "RMSNorm over N·V"
-    ]  # fmt: skip
+    parts = ("causal conv, SiLU", "q | k | v as one tensor", "decay gate", "D ⊙ v", "SiLU(g)", "RMSNorm over N·V")
+    assert {r.fused for r in backend.records} == {parts}
+    assert backend.compilations <= 2
     before, after = backend.graphs[0]
     assert "conv_silu" in after
     assert "conv_silu" not in before
@@ -129,18 +134,18 @@ def make_layer(**options: int) -> M2RNN:
     return layer
 
 
-def test_left_padding_fuses(fusion_on_cpu: None) -> None:
+def test_left_padding_fuses(conv_on_cpu: None) -> None:
     mask = torch.arange(T)[None] >= torch.tensor([[0], [5]])
     assert "causal conv, SiLU" in seen(make_layer(), attention_mask=mask)[0]
 
 
-def test_off_unless_asked_for(fusion_on_cpu: None) -> None:
-    enable_fusion(True, devices=("cpu",))
+def test_off_unless_asked_for(conv_on_cpu: None) -> None:
+    enable_fusion(True, **ON_CPU)
     assert "causal conv, SiLU" not in seen(make_layer())[0]
 
 
 @pytest.mark.parametrize("width", [1, 2, 5])
-def test_other_widths_fuse(fusion_on_cpu: None, width: int) -> None:
+def test_other_widths_fuse(conv_on_cpu: None, width: int) -> None:
     assert "causal conv, SiLU" in seen(make_layer(conv_size=width))[0]
 
 
@@ -153,7 +158,7 @@ WRONG: dict[str, Callable[[list[Tensor], Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("variant", WRONG)
-def test_what_only_looks_like_it_stays(fusion_on_cpu: None, monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
+def test_what_only_looks_like_it_stays(conv_on_cpu: None, monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
     """The values say so: they are compared with those of the uncompiled layer, which computes the variant too."""
     monkeypatch.setattr(CausalConv, "_taps", lambda self, x: WRONG[variant](x, self.weight[:, 0]))
     fused, left = seen(make_layer())

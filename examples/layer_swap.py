@@ -2,7 +2,7 @@
 """The single-layer swap: language models over bytes of real text and code, alike but for their sequence mixers.
 
     python examples/layer_swap.py --preset cpu
-    python examples/layer_swap.py --preset h200 --out bench/results/reproduction-layer-swap-h200.jsonl
+    python examples/layer_swap.py --preset h200 --out bench/results/reproduction/layer-swap-h200.jsonl
 
 Hybrid Gated DeltaNet with and without M²RNN in layer 0 are the decisive pair. All models see the same bytes in the same
 order and have the same number of parameters (the MLP's width makes up for the mixers). The text is what this machine
@@ -63,6 +63,8 @@ def load_text(limit: int, held_out_bytes: int) -> ByteData:
         held_out = rank(package)[-1] < 26  # one package in ten
         left = min(PACKAGE_BYTES, room[held_out])
         for file in files:
+            if left < 200:
+                break
             try:
                 content = file.read_bytes()
                 content.decode()
@@ -252,10 +254,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def scaled(size: Size, factor: float) -> Size:
+    """`factor` times the steps; shortened runs are tested on less text, too."""
+    held_out = max(20_000, round(min(1, factor) * size.held_out))
+    return size._replace(steps=max(1, round(size.steps * factor)), held_out=held_out)
+
+
 def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     device = recipes.device_of(args.preset, console)
     size = SIZES[args.preset]
-    size = size._replace(steps=max(1, round(size.steps * args.steps)))
+    size = scaled(size, args.steps)
     data = load_text(size.text, size.held_out)
     console.print(
         f"{len(data.train) / 1e6:.1f} MB of {len(data.train_files)} files to train on, "

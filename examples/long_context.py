@@ -46,7 +46,7 @@ def by_position(model: HybridLM, text: Tensor, length: int, windows: int, device
     """Bits per byte in the spans of positions up to 1/4, 1/2, 1, 2, 4, 8 and 16 times `length`."""
     longest = 16 * length
     count = max(1, min(windows, (len(text) - 1) // longest))
-    edges = [0, length // 4, *(length * 2**i for i in range(-1, 5))]
+    edges = [0, length // 4, length // 2, *(length * 2**i for i in range(5))]
     nats = torch.zeros(longest, dtype=torch.float64)
     for i in range(count):
         piece = text[i * longest : (i + 1) * longest + 1].long().to(device)[None]
@@ -100,7 +100,7 @@ def recall(
     return tokens.to(device), targets.to(device)
 
 
-def retrieve(model: str, seed: int, size: layer_swap.Size, steps: int, device: torch.device) -> Any:
+def retrieve(model: str, seed: int, size: layer_swap.Size, steps: int, tests: int, device: torch.device) -> Any:
     """A job: train on recall, then test further out."""
     torch.manual_seed(seed)
     config = dataclasses.replace(layer_swap.config_of(model, size), vocab_size=KEYS + VALUES + NOISE)
@@ -124,7 +124,7 @@ def retrieve(model: str, seed: int, size: layer_swap.Size, steps: int, device: t
             yield step / steps, f"loss {sum(losses[-20:]) / len(losses[-20:]):.3f}"
     row: dict[str, Any] = dict(probe="recall", model=model, seed=seed, steps=steps, train_length=RECALL_LENGTH)
     for name, pairs in (("mqar", PAIRS), ("needle", 1)):
-        row[name] = {t: accuracy(lm.eval(), pairs, t * RECALL_LENGTH, size.bf16, device) for t in TIMES}
+        row[name] = {t: accuracy(lm.eval(), pairs, t * RECALL_LENGTH, tests, size.bf16, device) for t in TIMES}
     row["summary"] = "MQAR {}, needle {}, at 1, 4, 16 times the training length".format(
         *(" / ".join(f"{x:.0%}" for x in row[name].values()) for name in ("mqar", "needle"))
     )
@@ -132,12 +132,12 @@ def retrieve(model: str, seed: int, size: layer_swap.Size, steps: int, device: t
 
 
 @torch.no_grad()
-def accuracy(lm: HybridLM, pairs: int, length: int, bf16: bool, device: torch.device) -> float:
+def accuracy(lm: HybridLM, pairs: int, length: int, tests: int, bf16: bool, device: torch.device) -> float:
     """Share of queries answered right, on sequences that no training seed draws."""
     generator = torch.Generator().manual_seed(10**6)
     right, asked = 0, 0
-    for _ in range(4):
-        tokens, targets = recall(50, pairs, length, generator, device)
+    for start in range(0, tests, 50):
+        tokens, targets = recall(min(50, tests - start), pairs, length, generator, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             found = lm(tokens, logits_to_keep=2 * pairs).argmax(-1)
         wanted = targets[:, -2 * pairs :]
@@ -218,8 +218,9 @@ def main(argv: list[str] | None = None) -> int:
 def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     device = recipes.device_of(args.preset, console)
     size = layer_swap.SIZES[args.preset]
-    size = size._replace(steps=max(1, round(size.steps * args.steps)))
+    size = layer_swap.scaled(size, args.steps)
     steps = max(1, round(RECALL_STEPS[args.preset] * args.steps))
+    tests = max(2, round(min(1, args.steps) * 200))
     record = recipes.Record(args.out, "long-context", device, preset=args.preset)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -227,14 +228,14 @@ def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
         jobs: list[tuple[str, Any]] = []
         if args.probe != "recall":
             data = layer_swap.load_text(size.text, size.held_out)
-            windows = 8 if device.type == "cpu" else 32
+            windows = max(1, round(min(1, args.steps) * (8 if device.type == "cpu" else 32)))
             jobs += [
                 (f"{model}, seed {seed}", partial(read_long, model, seed, size, data, device, weights, windows))
                 for model, seed in layer_swap.runs(layer_swap.MODELS, args.seeds or [0], args.only)
             ]
         if args.probe != "position":
             jobs += [
-                (f"recall, {model}, seed {seed}", partial(retrieve, model, seed, size, steps, device))
+                (f"recall, {model}, seed {seed}", partial(retrieve, model, seed, size, steps, tests, device))
                 for model, seed in layer_swap.runs(layer_swap.MODELS, args.seeds or [0], args.only)
             ]
         deadline = None if args.minutes is None else started + 60 * args.minutes

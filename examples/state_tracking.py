@@ -2,7 +2,7 @@
 """State tracking: word problems over parity, S3, A5 and S5, trained at length 128 and tested at every length to 4096.
 
     python examples/state_tracking.py --preset cpu
-    python examples/state_tracking.py --preset h200 --out bench/results/reproduction-state-tracking-h200.jsonl
+    python examples/state_tracking.py --preset h200 --out bench/results/reproduction/state-tracking-h200.jsonl
 
 A model reads a start token and then elements of a group, one a step, and says after each what their product is so far.
 *Exact match* at length L is the share of test sequences whose products 1 to L are all right.
@@ -429,10 +429,10 @@ def plan(preset: str, steps: float) -> Iterator[tuple[str, str, Setting]]:
     main = (RECOMMENDED, PAPER, "gru", "gated deltanet [-1, 1]")
     if preset == "cpu":
         for model in main:
-            yield "S3", model, Setting(scale(700), 1024, 100)
+            yield "S3", model, Setting(scale(700), 1024, max(2, round(100 * min(1, steps))))
         return
     if preset == "cpu-long":
-        for task, length in (("S5", 5000), ("S3", 1500), ("A5", 4000), ("parity", 1000)):
+        for task, length in (("S5", 8000), ("S3", 1500), ("A5", 6000), ("parity", 1000)):
             for model in (RECOMMENDED, PAPER, *BASELINES):
                 yield task, model, Setting(scale(length), 2048, 1000 if model == RECOMMENDED else 200)
         for model in MODELS:

@@ -155,7 +155,7 @@ def _reduce(part: Tensor, out: Tensor, G: int, blocks: int, window: int, t_first
     BG = min(next_power_of_2(G), 32)
     BR = 1 if BG * BD >= 1024 else min(1024, 4096 // (BG * BD))
     reduce_kernel[(triton.cdiv(rows, BR),)](
-        part, out, rows, window * heads, heads, T, t_first, part.stride(0) if blocks > 1 else 0,
+        part, out, rows, window * heads, heads, T, t_first, part.stride(0) // D if blocks > 1 else 0,
         BLOCKS=blocks, G=G, D=D, BR=BR, BG=BG, BD=BD, num_warps=1 if BR == 1 else 4,
     )  # fmt: skip
 

@@ -133,6 +133,18 @@ def test_a_trained_model_solves_parity_at_many_times_its_length(tracking, monkey
     assert got["token"][256] > 0.9
 
 
+@pytest.mark.parametrize("task", ["parity", "S3", "A5", "S5"])
+def test_one_layer_without_a_conv_can_solve_every_task_exactly(tracking, task):
+    spec, table = tracking.MODELS[tracking.BY_HAND], tracking.multiplication_table(task)
+    model = tracking.Tracker(spec, len(table)).eval()
+    tracking.set_by_hand(model, task)
+    got = tracking.test(model, spec, table, 4, torch.device("cpu"))
+    assert got["exact"][1] == got["exact"][4096] == 1.0
+    with torch.no_grad():
+        model.blocks[0].sequence_mixer.state_weight[0, 0, 0] *= -1  # one weight of the AND for the first point
+    assert tracking.test(model, spec, table, 4, torch.device("cpu"))["exact"][4096] == 0.0
+
+
 # -- the swap and long context -----------------------------------------------------------------------------------------
 
 

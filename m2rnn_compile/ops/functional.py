@@ -79,6 +79,7 @@ def m2rnn(
         NotImplementedError: forward-mode differentiation, torch.func.grad and its kin, differentiating twice (all of
             which impl="reference" does).
     """
+    q, k, v = agree_under_autocast(q, k, v)
     check_scan(q, k, v, f, W, initial_state, cu_seqlens, state_grad_clip)
     registry.check_name(impl)
     if impl == "reference":
@@ -114,6 +115,7 @@ def m2rnn_step(
         TypeError, ValueError, NotImplementedError: as `m2rnn`.
     """
     registry.check_name(impl)
+    q, k, v = agree_under_autocast(q, k, v)
     B, _, N, K, V, _ = check_step(q, k, v, f, W, initial_state)
     if initial_state is None:
         initial_state = v.new_zeros(B, N, K, V, dtype=state_dtype(v))
@@ -144,12 +146,20 @@ def explain_impl(
     Raises:
         TypeError, ValueError: as `m2rnn` would.
     """
+    q, k, v = agree_under_autocast(q, k, v)
     check_scan(q, k, v, f, W, initial_state, cu_seqlens, None)
     tensors = (q, k, v, f, W, initial_state, cu_seqlens)
     choice = registry.choose(impl, q.device, tensors)
     others = (name for name in registry.IMPLEMENTATIONS if name != choice.impl)
     reasons = {name: registry.why_not(name, q.device, tensors) for name in others}
     return choice._replace(rejected={name: reason for name, reason in reasons.items() if reason is not None})
+
+
+def agree_under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v of several dtypes, cast as the op's autocast rule will cast them; what is checked is what runs."""
+    several = all(isinstance(x, Tensor) for x in (q, k, v)) and not (q.dtype == k.dtype == v.dtype)
+    floats = several and all(x.dtype.is_floating_point for x in (q, k, v))
+    return _autocast(q, k, v) if floats else (q, k, v)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -167,6 +177,10 @@ def _refuse_transforms(*tensors: Tensor | None) -> None:
     Forward-mode AD would give zero tangents without a word; torch.func.grad ends in a message about setup_context.
     """
     if torch.compiler.is_compiling():
+        if forward_ad._current_level >= 0:  # whether a tensor has a tangent cannot be asked while tracing
+            raise NotImplementedError(
+                "m2rnn: forward-mode differentiation is not supported by the op; use impl='reference'"
+            )
         return
     present = [x for x in tensors if x is not None]
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in present):

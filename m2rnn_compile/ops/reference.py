@@ -46,16 +46,29 @@ def readout(h_BNKV: Tensor, q_BNK: Tensor) -> Tensor:
 
 
 class _ClipGradient(torch.autograd.Function):
-    """Identity whose gradient is clamped to [-c, c]: the clip of the *carried* state gradient."""
+    """Identity whose gradient is clamped to [-c, c]: the clip of the *carried* state gradient.
+
+    Tangents of forward-mode differentiation pass as they are: the clip is a rule of the backward pass.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, c: float) -> Tensor:
-        ctx.c = c
+    def forward(h: Tensor, c: float) -> Tensor:
         return h.view_as(h)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.c = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0].clamp(-ctx.c, ctx.c), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        tangent: Tensor = tangents[0]
+        return tangent.view_as(tangent)
 
 
 def _sequences(B: int, T: int, cu_seqlens: Tensor | None) -> Iterator[tuple[slice, int, int, int]]:

@@ -152,3 +152,52 @@ def test_fakes_choose_no_lowering_and_know_the_strides(monkeypatch: pytest.Monke
         fake_grads = torch.autograd.grad(fake[:2], fake_args[:6], [dy, dh])
     for a, b in zip((*fake, *fake_grads), (*real, *real_grads), strict=True):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+def _clipped(v: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """A loss whose backward clips, through impl="reference"."""
+    torch.manual_seed(seed)
+    B, T, N, V, K = *v.shape, 4
+    q, k = torch.randn(B, T, 1, K), torch.randn(B, T, 1, K)
+    f, W = torch.rand(B, T, N), torch.randn(N, V, V)
+    return m2rnn(q, k, v, f, W, state_grad_clip=0.5, impl="reference").y.square().sum()
+
+
+def test_torch_func_goes_through_the_clip_of_the_reference() -> None:
+    """grad clips, jvp (a rule of the forward pass) does not, vmap does it row by row."""
+    v = torch.randn(2, 7, 3, 5)
+    leaf = v.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(_clipped(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(_clipped)(v), expected)
+    h = 1e-2
+    _, tangent = torch.func.jvp(_clipped, (v,), (torch.ones_like(v),))
+    numeric = (_clipped((v + h).double().float()) - _clipped(v - h)) / (2 * h)
+    torch.testing.assert_close(tangent, numeric, rtol=2e-2, atol=0.1)
+    both = torch.func.vmap(torch.func.grad(_clipped), randomness="same")(torch.stack([v, v + 1]))
+    torch.testing.assert_close(both[0], expected)
+
+
+def test_compiled_forward_mode_is_refused() -> None:
+    """Not zero tangents without a word."""
+    B, T, N, K, V = 1, 3, 2, 4, 5
+    q, k, v = torch.randn(B, T, 1, K), torch.randn(B, T, 1, K), torch.randn(B, T, N, V)
+    f, W = torch.rand(B, T, N), torch.randn(N, V, V)
+    jvp = lambda v: torch.func.jvp(lambda v: m2rnn(q, k, v, f, W).y, (v,), (torch.ones_like(v),))
+    with pytest.raises(NotImplementedError, match="forward-mode differentiation is not supported"):
+        torch.compile(jvp, backend="eager")(v)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_autocast_brings_q_k_and_v_to_one_dtype(impl: str) -> None:
+    """As the message for mixed dtypes advises."""
+    B, T, N, K, V = 1, 3, 2, 4, 5
+    q, k, v = torch.randn(B, T, 1, K), torch.randn(B, T, 1, K), torch.randn(B, T, N, V)
+    f, W = torch.rand(B, T, N), torch.randn(N, V, V)
+    with pytest.raises(TypeError, match=r"run under torch\.autocast, which does"):
+        m2rnn(q.bfloat16(), k, v, f, W, impl=impl)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = m2rnn(q.bfloat16(), k, v, f, W, impl=impl).y
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y, m2rnn(q, k, v, f, W, impl=impl).y)
+        step = m2rnn_step(q[:, 0].bfloat16(), k[:, 0], v[:, 0], f[:, 0], W, impl=impl)
+        assert step.y.dtype == torch.bfloat16

@@ -48,7 +48,7 @@ EAGER = {
         "dk",
     ),
     "backward skips the last chunk": Fault(
-        "reversed(range(start, end, chunk))", "reversed(range(start, end - chunk, chunk))", "three chunks", "dk"
+        "reversed(range(start, end, chunk))", "reversed(range(start, end - chunk, chunk))", "three chunks", "dq"
     ),
     "backward reads the next chunk's checkpoint": Fault(
         "first_slot + (first - start) // chunk]", "first_slot + (first - start) // chunk + 1]", "three chunks", "dq"

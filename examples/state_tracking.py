@@ -543,7 +543,7 @@ def at(curve: dict[Any, float], length: int) -> float:
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Exact match against length, the mean over seeds; one panel a task."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    shown = [RECOMMENDED, PAPER, *BASELINES]
+    shown = [RECOMMENDED, PAPER, BY_HAND, *BASELINES]
     made, axes = recipes.figure(len(tasks))
     for axis, task in zip(axes, tasks, strict=True):
         for i, model in enumerate(m for m in shown if any(r["model"] == m and r["task"] == task for r in rows)):

@@ -20,59 +20,89 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from .outer import (
+    add_outer,
+    in_blocks,
+    held_by_all,
+    load_columns,
+    load_W,
+    load_right,
+    load_rows,
+    only_column_at,
+    only_step_at,
+    outer,
+    pick,
+    store_steps,
+)
 from .tile import (
+    _powers,
     LINE,
+    LINES,
     ROW_MAJOR,
     advance,
     clamp,
-    column_of,
-    column_of_right_operand,
-    columns,
     finish_gate,
-    gate,
     left_layout,
     left_operand,
-    load_W,
     multiply,
     right_layout,
-    row_of,
-    rows,
-    rows_of_right_operand,
     stage_gate,
     stage_rows,
-    steps_of,
-    store_columns,
     sum_own,
     tile_in_shared,
     tile_layout,
-    to_float,
     turned,
 )  # fmt: skip
 
 
 @gluon.jit
-def redo(
-    h, h_low, ks, vs, fs, dys, t, u: gl.constexpr, W, dq, BK: gl.constexpr, BV: gl.constexpr, HAS_DY: gl.constexpr
-):
-    """One step forwards: the new state, what backward needs of it, and the group's dq with column u filled in."""
+def by_thread(x, BK: gl.constexpr, BV: gl.constexpr):
+    """The tile with what one thread holds side by side, four and four: stored and loaded 16 bytes at a time."""
+    NW: gl.constexpr = gl.num_warps()
+    x = x.reshape((BK // (16 * NW), NW, 2, 8, BV // 8, 4, 2)).permute((0, 4, 1, 3, 5, 2, 6))
+    return x.reshape((BK * BV // (128 * NW), 32 * NW, 4))
+
+
+@gluon.jit
+def load_tile(shared, BK: gl.constexpr, BV: gl.constexpr, L: gl.constexpr):
+    """What was stored `by_thread`."""
+    NW: gl.constexpr = gl.num_warps()
+    OWN: gl.constexpr = own_layout(BK, BV, NW)
+    x = shared.load(OWN).reshape((BK // (16 * NW), BV // 8, NW, 8, 4, 2, 2)).permute((0, 2, 5, 3, 1, 4, 6))
+    return gl.convert_layout(x.reshape((BK, BV)), L, assert_trivial=True)
+
+
+@gluon.constexpr_function
+def own_layout(BK, BV, NW):
+    quads = BK * BV // (128 * NW)
+    registers = [[0, 0, 1], [0, 0, 2]] + [[*b, 0, 0] for b in _powers(1, quads)]
+    lanes = [[0, 1, 0], [0, 2, 0], [0, 4, 0], [0, 8, 0], [0, 16, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[0, *b, 0] for b in _powers(32, NW)], [], [quads, 32 * NW, 4])
+
+
+@gluon.jit
+def redo(h, h_low, k8, v8, f8, dy_right, e_shared, first, u: gl.constexpr, W, dq, BK: gl.constexpr, BV: gl.constexpr,
+         HAS_DY: gl.constexpr):  # fmt: skip
+    """One step forwards: the new state, what backward needs of it, and dq with its column filled in."""
     LOW: gl.constexpr = h_low.dtype
     L: gl.constexpr = h.type.layout
-    f = gate(fs, t, L)
-    h, z, e = advance(h, h_low, rows(ks, t, BK, L) * columns(vs, t, BV, L), f, W)
+    f = pick(f8, u)
+    h, z, e = advance(h, h_low, outer(k8, only_step_at(v8, first, u, BV), BK, BV, L), f, W)
     g = gl.full((BK, BV), 0.0, gl.float32, L) + (1.0 - f)
     s = multiply((1.0 - z * z).to(LOW), g.to(LOW))
     h_low = h.to(LOW)
     if HAS_DY:
-        dq = mma_v2(left_operand(h_low), column_of_right_operand(dys, t, u, BV, L), dq)
-    return h, h_low, e.to(LOW), s, dq
+        dq = mma_v2(left_operand(h_low), only_column_at(dy_right, first + u, BV), dq)
+    e_shared.index(u).store(by_thread(e, BK, BV))
+    return h, h_low, s, dq
 
 
 @gluon.jit
-def undo(carry, h_before, e, s, qs, ks, vs, fs, dys, t, u: gl.constexpr, Wt, dk, dv, dWt, clip,
+def undo(carry, h_before, e_shared, s, q8, f8, dy8, v_right, k_right, first, u: gl.constexpr, Wt, dk, dv, dWt, clip,
          BK: gl.constexpr, BV: gl.constexpr, CLIP: gl.constexpr, HAS_DY: gl.constexpr):  # fmt: skip
     """One step backwards from H_{t-1} in shared memory; also each thread's part of df, in fp32.
 
-    Column u of dk [BK, 8] and of dv [BV, 8] is filled in.
+    The step's columns of dk [BK, 8] and of dv [BV, 8] are filled in.
     """
     LOW: gl.constexpr = s.dtype
     L: gl.constexpr = carry.type.layout
@@ -80,14 +110,13 @@ def undo(carry, h_before, e, s, qs, ks, vs, fs, dys, t, u: gl.constexpr, Wt, dk,
     if CLIP > 0:
         d = clamp(d, clip, CLIP == 2)
     if HAS_DY:
-        d = d + rows(qs, t, BK, L) * columns(dys, t, BV, L)
-    d_low = d.to(LOW)
-    du = multiply(d_low, s)
-    carry = mma_v2(left_operand(du), Wt, gate(fs, t, L) * d)
-    dk = mma_v2(left_operand(du), column_of_right_operand(vs, t, u, BV, L), dk)
-    df = sum_own(d * to_float(e), BK, BV)
+        d = add_outer(d, q8, only_step_at(dy8, first, u, BV), BK, BV)
+    du = multiply(d.to(LOW), s)
+    carry = mma_v2(left_operand(du), Wt, pick(f8, u) * d)
+    dk = mma_v2(left_operand(du), only_column_at(v_right, first + u, BV), dk)
+    df = sum_own(d * load_tile(e_shared.index(u), BK, BV, L), BK, BV)
     du_t = gl.convert_layout(turned(du, BK, BV).permute((1, 0)), left_layout(L), assert_trivial=True)
-    dv = mma_v2(du_t, rows_of_right_operand(ks, t, u, BK, L), dv)
+    dv = mma_v2(du_t, only_column_at(k_right, first + u, BK), dv)
     dWt = mma_v2(du_t, h_before.load(right_layout(L)), dWt)
     return carry, df, dk, dv, dWt
 
@@ -145,18 +174,20 @@ def scan_backward_gluon_kernel(
     staged_v = gl.allocate_shared_memory(LOW, [C, BV], ROW_MAJOR)
     staged_dy = gl.allocate_shared_memory(LOW, [C, BV], ROW_MAJOR)
     staged_f = gl.allocate_shared_memory(gl.float32, [C], LINE)
+    e_shared = gl.allocate_shared_memory(gl.float32, [4, BK * BV // 128, 32, 4], LINES)
     noted = gl.allocate_shared_memory(LOW, [C // 4, BK, BV], tile_in_shared(BV))
     h1_shared = gl.allocate_shared_memory(LOW, [BK, BV], tile_in_shared(BV))
     h2_shared = gl.allocate_shared_memory(LOW, [BK, BV], tile_in_shared(BV))
     h3_shared = gl.allocate_shared_memory(LOW, [BK, BV], tile_in_shared(BV))
-    ks = steps_of(staged_k, C, BK)
-    qs = steps_of(staged_q, C, BK)
-    vs = steps_of(staged_v, C, BV)
-    dys = steps_of(staged_dy, C, BV)
-    fs = steps_of(staged_f, C, 1)
+    ks = in_blocks(staged_k, C, 8, BK)
+    qs = in_blocks(staged_q, C, 8, BK)
+    vs = in_blocks(staged_v, C, 8, BV)
+    dys = in_blocks(staged_dy, C, 8, BV)
+    fs = in_blocks(staged_f, C, 4, 1)
+    GATES: gl.constexpr = held_by_all(4, 1)
 
-    i = row_of(gl.expand_dims(gl.arange(0, BK, gl.SliceLayout(1, L)), 1), BK) + block * BK
-    j = column_of(gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(0, L)), 0), BV)
+    i = gl.expand_dims(gl.arange(0, BK, gl.SliceLayout(1, L)), 1) + block * BK
+    j = gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(0, L)), 0)
     state = i * V + j
     in_state = (i < K) & (j < V)
     sn = s * N + n
@@ -164,16 +195,13 @@ def scan_backward_gluon_kernel(
     carry = gl.load(carry_at, mask=in_state, other=0.0)
     W = load_W(W_ptr + (n // Gw) * (V * V), V, BV, False, right_layout(L)).to(LOW)
     Wt = load_W(W_ptr + (n // Gw) * (V * V), V, BV, True, right_layout(L)).to(LOW)
-    wi = column_of(gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(1, L)), 1), BV)
+    wi = gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(1, L)), 1)
     in_W = (wi < V) & (j < V)
     dWt_at = dW_ptr + (sn * gl.num_programs(1) + block) * (V * V) + j * V + wi
     dWt = gl.load(dWt_at, mask=in_W, other=0.0)
 
-    STEP: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    df_step = gl.arange(0, 4, STEP)
-    step = gl.arange(0, 8, gl.SliceLayout(0, L))
-    dv_offset = gl.expand_dims(step, 0) * (N * V) + wi
-
+    SPREAD: gl.constexpr = gl.DistributedLinearLayout([[1, 0], [2, 0]], [[0, 1], [0, 2], [4, 0], [8, 0], [16, 0]], [], [], [32, 4])
+    df_step = gl.arange(0, 4, gl.SliceLayout(0, SPREAD))
     for back in range(0, c_last - c_first):
         c = c_last - 1 - back
         t0 = c * C
@@ -197,46 +225,60 @@ def scan_backward_gluon_kernel(
         h = h_low.to(gl.float32)
         noted.index(0).store(h_low)
         for g in range(0, groups - 1):
+            k8 = load_rows(ks.index(g // 2), L)
+            v8 = load_columns(vs.index(g // 2), BV)
+            f4 = fs.index(g).load(GATES)
             for u in gl.static_range(4):
-                h, _, _ = advance(h, h.to(LOW), rows(ks, g * 4 + u, BK, L) * columns(vs, g * 4 + u, BV, L),
-                                  gate(fs, g * 4 + u, L), W)  # fmt: skip
+                seed = outer(k8, only_step_at(v8, g % 2 * 4, u, BV), BK, BV, L)
+                h, _, _ = advance(h, h.to(LOW), seed, pick(f4, u), W)
             noted.index(g + 1).store(h.to(LOW))
         async_copy.wait_group(0)
-        for back_g in range(0, groups):
-            g = groups - 1 - back_g
-            t = g * 4
-            h0 = gl.convert_layout(noted.index(g).load(left_layout(L)), L, assert_trivial=True)
+        for back_8 in range(0, (groups + 1) // 2):
+            o = (groups + 1) // 2 - 1 - back_8
             dq = gl.full((BK, 8), 0.0, gl.float32, L)
-            h = h0.to(gl.float32)
-            h, h1, e0, s0, dq = redo(h, h0, ks, vs, fs, dys, t, 0, W, dq, BK, BV, HAS_DY)
-            h1_shared.store(h1)
-            h, h2, e1, s1, dq = redo(h, h1, ks, vs, fs, dys, t + 1, 1, W, dq, BK, BV, HAS_DY)
-            h2_shared.store(h2)
-            h, h3, e2, s2, dq = redo(h, h2, ks, vs, fs, dys, t + 2, 2, W, dq, BK, BV, HAS_DY)
-            h3_shared.store(h3)
-            h, _, e3, s3, dq = redo(h, h3, ks, vs, fs, dys, t + 3, 3, W, dq, BK, BV, HAS_DY)
-            steps = left - t
-            out = ((t0 + t).to(gl.int64)) * N
-            if HAS_DY:
-                store_columns(dq_at + out * K, dq, steps, N * K, block * BK, K, BK)
             dk = gl.full((BK, 8), 0.0, gl.float32, L)
             dv = gl.full((BV, 8), 0.0, gl.float32, L)
-            carry, df3, dk, dv, dWt = undo(
-                carry, h3_shared, e3, s3, qs, ks, vs, fs, dys, t + 3, 3, Wt, dk, dv, dWt, clip, BK, BV, CLIP, HAS_DY
-            )
-            carry, df2, dk, dv, dWt = undo(
-                carry, h2_shared, e2, s2, qs, ks, vs, fs, dys, t + 2, 2, Wt, dk, dv, dWt, clip, BK, BV, CLIP, HAS_DY
-            )
-            carry, df1, dk, dv, dWt = undo(
-                carry, h1_shared, e1, s1, qs, ks, vs, fs, dys, t + 1, 1, Wt, dk, dv, dWt, clip, BK, BV, CLIP, HAS_DY
-            )
-            carry, df0, dk, dv, dWt = undo(
-                carry, noted.index(g), e0, s0, qs, ks, vs, fs, dys, t, 0, Wt, dk, dv, dWt, clip, BK, BV, CLIP, HAS_DY
-            )
-            store_columns(dk_at + out * K, dk, steps, N * K, block * BK, K, BK)
-            df = gl.join(gl.join(df0, df2), gl.join(df1, df3)).reshape((32, 4))  # the last axis of join is the fastest
-            gl.store(df_at + out + df_step * N, gl.convert_layout(gl.sum(df, 0), STEP), mask=df_step < steps)
-            gl.store(dv_at + out * V + dv_offset, dv.to(dv_ptr.dtype.element_ty),
-                     mask=gl.expand_dims(step < gl.minimum(steps, 4), 0) & (wi < V))  # fmt: skip
+            steps = left - o * 8
+            out = ((t0 + o * 8).to(gl.int64)) * N
+            for back_g in range(0, gl.minimum(groups - 2 * o, 2)):
+                g = gl.minimum(groups - 1, 2 * o + 1) - back_g
+                u0 = g % 2 * 4
+                f4 = fs.index(g).load(GATES)
+                k8 = load_rows(ks.index(o), L)
+                v8 = load_columns(vs.index(o), BV)
+                dy_right = v8
+                if HAS_DY:
+                    dy_right = load_right(dys.index(o), L)
+                h0 = gl.convert_layout(noted.index(g).load(left_layout(L)), L, assert_trivial=True)
+                h = h0.to(gl.float32)
+                h, h1, s0, dq = redo(h, h0, k8, v8, f4, dy_right, e_shared, u0, 0, W, dq, BK, BV, HAS_DY)
+                h1_shared.store(h1)
+                h, h2, s1, dq = redo(h, h1, k8, v8, f4, dy_right, e_shared, u0, 1, W, dq, BK, BV, HAS_DY)
+                h2_shared.store(h2)
+                h, h3, s2, dq = redo(h, h2, k8, v8, f4, dy_right, e_shared, u0, 2, W, dq, BK, BV, HAS_DY)
+                h3_shared.store(h3)
+                h, _, s3, dq = redo(h, h3, k8, v8, f4, dy_right, e_shared, u0, 3, W, dq, BK, BV, HAS_DY)
+                q8 = k8
+                dy8 = v8
+                if HAS_DY:
+                    q8 = load_rows(qs.index(o), L)
+                    dy8 = load_columns(dys.index(o), BV)
+                v_right = load_right(vs.index(o), L)
+                k_right = load_right(ks.index(o), L)
+                carry, df3, dk, dv, dWt = undo(carry, h3_shared, e_shared, s3, q8, f4, dy8, v_right, k_right, u0, 3,
+                                               Wt, dk, dv, dWt, clip, BK, BV, CLIP, HAS_DY)  # fmt: skip
+                carry, df2, dk, dv, dWt = undo(carry, h2_shared, e_shared, s2, q8, f4, dy8, v_right, k_right, u0, 2,
+                                               Wt, dk, dv, dWt, clip, BK, BV, CLIP, HAS_DY)  # fmt: skip
+                carry, df1, dk, dv, dWt = undo(carry, h1_shared, e_shared, s1, q8, f4, dy8, v_right, k_right, u0, 1,
+                                               Wt, dk, dv, dWt, clip, BK, BV, CLIP, HAS_DY)  # fmt: skip
+                carry, df0, dk, dv, dWt = undo(carry, noted.index(g), e_shared, s0, q8, f4, dy8, v_right, k_right, u0, 0,
+                                               Wt, dk, dv, dWt, clip, BK, BV, CLIP, HAS_DY)  # fmt: skip
+                df = gl.join(gl.join(df0, df2), gl.join(df1, df3)).reshape((32, 4))  # join's last axis is the fastest
+                df = gl.sum(gl.convert_layout(df, SPREAD), 0)
+                gl.store(df_at + (t0 + g * 4).to(gl.int64) * N + df_step * N, df, mask=df_step < left - g * 4)
+            if HAS_DY:
+                store_steps(dq_at + out * K, dq, steps, N * K, block * BK, K, BK)
+            store_steps(dk_at + out * K, dk, steps, N * K, block * BK, K, BK)
+            store_steps(dv_at + out * V, dv, steps, N * V, 0, V, BV)
     gl.store(carry_at, carry, mask=in_state)
     gl.store(dWt_at, dWt, mask=in_W)

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The forward scan for 16-bit inputs on NVIDIA GPUs, in Gluon: `forward.py` with layouts and staging by hand.
 
-Why beside the portable kernel: there Triton puts the constant W in shared memory, reads it back every step, and takes
-the sum over rows for y through shuffles and a barrier. Here W and H stay in registers, a chunk of inputs is copied to
-shared memory while the one before it is worked on, and the sum over rows, taken by each thread over its own, is
-finished through shared memory once for U steps. (As a tensor-core product y cost twice as much: docs/kernel-notes.md.)
+W and H stay in registers. What limits a step is not the number of its instructions but what waits for what: tanh keeps
+its unit busy for 128 of the cycles that a warp with 32 rows has, and loads from shared memory queue behind it. So
+
+  - inputs are copied to shared memory 48 steps ahead, and loaded as operands of eight steps at once, a group ahead of
+    their use; k vᵀ, and q handed to all threads of a row, are products of the tensor cores (`outer.py`);
+  - a warp's rows are two halves, one half a step ahead: while one waits for tanh, the other has its products;
+  - y is summed by each thread over its own rows, and finished through shared memory for four steps at once, four
+    steps later.
 
 Checkpoints are 16-bit states every C steps (as products see them), two in the place of one fp32 state every 2C steps.
 """
@@ -13,43 +17,81 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from .outer import held_by_all, in_blocks, load_columns, load_rows, load_W, only_step, outer, pick, rows_of_step
 from .tile import (
     LINE,
     LINES,
     ROW_MAJOR,
-    advance,
-    column_of,
-    columns,
     finish_gate,
-    gate,
     in_lines,
+    left_operand,
     lines_layout,
-    load_W,
     right_layout,
-    row_of,
-    rows,
     stage_gate,
     stage_rows,
-    steps_of,
-    sum_own_rows,
+    tanh_hardware,
     tile_layout,
 )  # fmt: skip
 
 
 @gluon.jit
-def walk(h, ks, vs, fs, t, W, BK: gl.constexpr, BV: gl.constexpr):
-    """One step of the state."""
+def begin(h, k8, v8, u: gl.constexpr, W, BH: gl.constexpr, BV: gl.constexpr):
+    """H W + k vᵀ of step u of eight."""
     L: gl.constexpr = h.type.layout
-    return advance(h, h.to(W.dtype), rows(ks, t, BK, L) * columns(vs, t, BV, L), gate(fs, t, L), W)[0]
+    return mma_v2(left_operand(h.to(W.dtype)), W, outer(k8, only_step(v8, u, BV), BH, BV, L))
 
 
 @gluon.jit
-def read(h, qs, t, BK: gl.constexpr, BV: gl.constexpr):
-    """Each thread's part of y, over its own rows."""
-    L: gl.constexpr = h.type.layout
-    return sum_own_rows(h * rows(qs, t, BK, L), BK, BV)
+def end(h, p, f):
+    """H of the step. H - (1-f)(H-Z) does not cancel where f is near 1; near f = 0 it errs by 2^-24 |H|."""
+    return h - (1.0 - f) * (h - tanh_hardware(p))
+
+
+@gluon.jit
+def sum_own_rows(x, BH: gl.constexpr, BV: gl.constexpr, PARTS: gl.constexpr):
+    """[8 NW, BV] in lines of threads: x [BH, BV, PARTS] summed over the rows that one thread holds."""
+    NW: gl.constexpr = gl.num_warps()
+    own: gl.constexpr = PARTS * BH // (8 * NW)
+    x = x.reshape((BH // (16 * NW), NW, 2, 8, BV, PARTS)).permute((1, 3, 5, 0, 2, 4)).reshape((8 * NW, own, BV))
+    # Columns of a thread side by side: lane 4g + c holds 8j + 2c and 8j + 2c + 1.
+    return gl.sum(x, 1).reshape((8 * NW, BV // 8, 4, 2)).permute((0, 2, 1, 3)).reshape((8 * NW, BV))
+
+
+@gluon.jit
+def step(ha, hb, pa, ka, kb, k_next, v8, v_next, qa, qb, f8, u: gl.constexpr, W,
+         BH: gl.constexpr, BV: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
+    """Step u of eight: both halves of the state, the first half's next product, and each thread's part of y.
+
+    With one part, b is not there, and everything of it is a's.
+    """
+    L: gl.constexpr = ha.type.layout
+    f = pick(f8, u)
+    if PARTS == 2:
+        pb = begin(hb, kb, v8, u, W, BH, BV)
+    ha = end(ha, pa, f)
+    if u < 7:
+        pa = begin(ha, ka, v8, u + 1, W, BH, BV)
+    else:
+        pa = begin(ha, k_next, v_next, 0, W, BH, BV)
+    x = ha * rows_of_step(qa, u, BH, BV, L)
+    if PARTS == 2:
+        hb = end(hb, pb, f)
+        x = gl.join(x, hb * rows_of_step(qb, u, BH, BV, L))
+    else:
+        hb = ha
+    return ha, hb, pa, sum_own_rows(x, BH, BV, PARTS)
+
+
+@gluon.jit
+def parts_of(x, BK: gl.constexpr, PARTS: gl.constexpr, L: gl.constexpr):
+    """[BK, 8] as its two halves of rows."""
+    if PARTS == 2:
+        a, b = x.reshape((2, BK // 2, 8)).permute((1, 2, 0)).split()
+        return gl.convert_layout(a, L, assert_trivial=True), gl.convert_layout(b, L, assert_trivial=True)
+    else:
+        return x, x
 
 
 @gluon.jit(do_not_specialize=["T", "NC", "f_sb"])
@@ -66,6 +108,9 @@ def scan_forward_gluon_kernel(
     LOW: gl.constexpr = v_ptr.dtype.element_ty
     NW: gl.constexpr = gl.num_warps()
     L: gl.constexpr = tile_layout(NW, BV, False)
+    S: gl.constexpr = 16  # steps that are staged at a time, in a ring of four
+    PARTS: gl.constexpr = 2 if BK >= 32 * NW else 1
+    BH: gl.constexpr = BK // PARTS
 
     block = gl.program_id(1)
     s = (gl.program_id(0) // N).to(gl.int64)
@@ -88,79 +133,110 @@ def scan_forward_gluon_kernel(
     v_at = v_ptr + b * v_sb + (n // Gv) * v_sn
     f_at = f_ptr + b * f_sb + (n // Gf) * f_sn
 
-    ks = gl.allocate_shared_memory(LOW, [2, C, BK], ROW_MAJOR)
-    qs = gl.allocate_shared_memory(LOW, [2, C, BK], ROW_MAJOR)
-    vs = gl.allocate_shared_memory(LOW, [2, C, BV], ROW_MAJOR)
-    fs = gl.allocate_shared_memory(gl.float32, [2, C], LINE)
+    ks = gl.allocate_shared_memory(LOW, [4, S, BK], ROW_MAJOR)
+    qs = gl.allocate_shared_memory(LOW, [4, S, BK], ROW_MAJOR)
+    vs = gl.allocate_shared_memory(LOW, [4, S, BV], ROW_MAJOR)
+    fs = gl.allocate_shared_memory(gl.float32, [4, S], LINE)
+    k_ring = in_blocks(ks, 4 * S, 8, BK)
+    q_ring = in_blocks(qs, 4 * S, 8, BK)
+    v_ring = in_blocks(vs, 4 * S, 8, BV)
+    f_ring = in_blocks(fs, 4 * S, 8, 1)
     first_half = gl.allocate_shared_memory(gl.float32, [4, 8 * NW, BV], LINES)
     second_half = gl.allocate_shared_memory(gl.float32, [4, 8 * NW, BV], LINES)
 
-    i = row_of(gl.expand_dims(gl.arange(0, BK, gl.SliceLayout(1, L)), 1), BK) + block * BK
-    j = column_of(gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(0, L)), 0), BV)
+    i = gl.expand_dims(gl.arange(0, BH, gl.SliceLayout(1, L)), 1) + block * BK
+    j = gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(0, L)), 0)
     state = i * V + j
-    in_state = (i < K) & (j < V)
+    in_a = (i < K) & (j < V)
+    in_b = (i + BH < K) & (j < V)
     sn = s * N + n
+    h0_at = h0_ptr + sn * (K * V) + state
+    ha = gl.full((BH, BV), 0.0, gl.float32, L)
     if HAS_H0:
-        h = gl.load(h0_ptr + sn * (K * V) + state, mask=in_state, other=0.0)
-    else:
-        h = gl.full((BK, BV), 0.0, gl.float32, L)
+        ha = gl.load(h0_at, mask=in_a, other=0.0)
+    hb = ha
+    if HAS_H0 and PARTS == 2:
+        hb = gl.load(h0_at + BH * V, mask=in_b, other=0.0)
     W = load_W(W_ptr + (n // Gw) * (V * V), V, BV, False, right_layout(L)).to(LOW)
 
     Y8: gl.constexpr = lines_layout(BV, NW)
     Y: gl.constexpr = gl.SliceLayout(1, Y8)
     y_step = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(1, Y)), 1)
-    y_col = gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(0, Y)), 0)
+    y_line = gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(0, Y)), 0)
+    y_col = y_line % (BV // 4) // 2 * 8 + y_line // (BV // 4) * 2 + y_line % 2
     y_offset = y_step * (N * V) + y_col
-    y_at = y_ptr + block.to(gl.int64) * y_skb + ((b * T + first) * N + n) * V
+    # The four steps before the first are none: y is stored four steps late.
+    y_at = y_ptr + block.to(gl.int64) * y_skb + ((b * T + first - 4) * N + n) * V
 
-    chunks = (length + C - 1) // C
-    stage_rows(ks.index(0), k_at, k_st, k_sk, first, length, block * BK, K, C, BK)
-    stage_rows(qs.index(0), q_at, q_st, q_sk, first, length, block * BK, K, C, BK)
-    stage_rows(vs.index(0), v_at, v_st, v_sv, first, length, 0, V, C, BV)
-    stage_gate(fs.index(0), f_at, f_st, first, length, C)
-    async_copy.commit_group()
-    for c in range(0, chunks):
-        left = length - c * C
-        now = c % 2
-        t_next = first + (c + 1) * C
-        stage_rows(ks.index(1 - now), k_at, k_st, k_sk, t_next, left - C, block * BK, K, C, BK)
-        stage_rows(qs.index(1 - now), q_at, q_st, q_sk, t_next, left - C, block * BK, K, C, BK)
-        stage_rows(vs.index(1 - now), v_at, v_st, v_sv, t_next, left - C, 0, V, C, BV)
-        stage_gate(fs.index(1 - now), f_at, f_st, t_next, left - C, C)
+    stages = (length + S - 1) // S
+    for c in gl.static_range(3):
+        t_next = first + c * S
+        stage_rows(ks.index(c), k_at, k_st, k_sk, t_next, length - c * S, block * BK, K, S, BK)
+        stage_rows(qs.index(c), q_at, q_st, q_sk, t_next, length - c * S, block * BK, K, S, BK)
+        stage_rows(vs.index(c), v_at, v_st, v_sv, t_next, length - c * S, 0, V, S, BV)
+        stage_gate(fs.index(c), f_at, f_st, t_next, length - c * S, S)
         async_copy.commit_group()
-        async_copy.wait_group(1)
-        finish_gate(fs.index(now), left, C)
+    async_copy.wait_group(2)
+    finish_gate(fs.index(0), length, S)
+    GATES: gl.constexpr = held_by_all(8, NW)
+    ka, kb = parts_of(load_rows(k_ring.index(0), L), BK, PARTS, L)
+    qa, qb = parts_of(load_rows(q_ring.index(0), L), BK, PARTS, L)
+    v8 = load_columns(v_ring.index(0), BV)
+    f8 = f_ring.index(0).load(GATES)
+    pa = begin(ha, ka, v8, 0, W, BH, BV)
+    second_half.store(gl.full((4, 8 * NW, BV), 0.0, gl.float32, Y8))
+    for c in range(0, stages):
+        left = length - c * S
+        later = (c + 3) % 4
+        t_next = first + (c + 3) * S
+        stage_rows(ks.index(later), k_at, k_st, k_sk, t_next, left - 3 * S, block * BK, K, S, BK)
+        stage_rows(qs.index(later), q_at, q_st, q_sk, t_next, left - 3 * S, block * BK, K, S, BK)
+        stage_rows(vs.index(later), v_at, v_st, v_sv, t_next, left - 3 * S, 0, V, S, BV)
+        stage_gate(fs.index(later), f_at, f_st, t_next, left - 3 * S, S)
+        async_copy.commit_group()
+        async_copy.wait_group(2)
+        finish_gate(fs.index((c + 1) % 4), left - S, S)
         if SAVE:
-            at = ((slot + c // 2) * N + n) * (2 * K * V) + c % 2 * (K * V)
-            gl.store(ckpt_ptr + at + state, h.to(LOW), mask=in_state)
-        k_now = steps_of(ks.index(now), C, BK)
-        q_now = steps_of(qs.index(now), C, BK)
-        v_now = steps_of(vs.index(now), C, BV)
-        f_now = steps_of(fs.index(now), C, 1)
-        for g in range(0, (gl.minimum(left, C) + 7) // 8):
+            if c % (C // S) == 0:
+                at = ckpt_ptr + ((slot + c * S // (2 * C)) * N + n) * (2 * K * V) + c * S // C % 2 * (K * V) + state
+                gl.store(at, ha.to(LOW), mask=in_a)
+                if PARTS == 2:
+                    gl.store(at + BH * V, hb.to(LOW), mask=in_b)
+        for g in range(0, S // 8):
             t = g * 8
-            h = walk(h, k_now, v_now, f_now, t, W, BK, BV)
-            p0 = read(h, q_now, t, BK, BV)
-            h = walk(h, k_now, v_now, f_now, t + 1, W, BK, BV)
-            p1 = read(h, q_now, t + 1, BK, BV)
-            h = walk(h, k_now, v_now, f_now, t + 2, W, BK, BV)
-            p2 = read(h, q_now, t + 2, BK, BV)
-            h = walk(h, k_now, v_now, f_now, t + 3, W, BK, BV)
-            p3 = read(h, q_now, t + 3, BK, BV)
+            y = second_half.load(Y8)
+            ha, hb, pa, p0 = step(ha, hb, pa, ka, kb, ka, v8, v8, qa, qb, f8, 0, W, BH, BV, PARTS)
+            ha, hb, pa, p1 = step(ha, hb, pa, ka, kb, ka, v8, v8, qa, qb, f8, 1, W, BH, BV, PARTS)
+            y = gl.sum(y, 1).to(y_ptr.dtype.element_ty)
+            gl.store(y_at + y_offset, y, mask=(y_step < left - t + 4) & (y_col < V) & (c * S + t > 0))
+            ha, hb, pa, p2 = step(ha, hb, pa, ka, kb, ka, v8, v8, qa, qb, f8, 2, W, BH, BV, PARTS)
+            ha, hb, pa, p3 = step(ha, hb, pa, ka, kb, ka, v8, v8, qa, qb, f8, 3, W, BH, BV, PARTS)
             first_half.store(in_lines(p0, p1, p2, p3, BV))
-            h = walk(h, k_now, v_now, f_now, t + 4, W, BK, BV)
-            p0 = read(h, q_now, t + 4, BK, BV)
-            h = walk(h, k_now, v_now, f_now, t + 5, W, BK, BV)
-            p1 = read(h, q_now, t + 5, BK, BV)
-            h = walk(h, k_now, v_now, f_now, t + 6, W, BK, BV)
-            p2 = read(h, q_now, t + 6, BK, BV)
-            h = walk(h, k_now, v_now, f_now, t + 7, W, BK, BV)
-            p3 = read(h, q_now, t + 7, BK, BV)
-            y = gl.sum(first_half.load(Y8), 1)
-            gl.store(y_at + y_offset, y.to(y_ptr.dtype.element_ty), mask=(y_step < left - t) & (y_col < V))
+            y = first_half.load(Y8)
+            ahead = (c * (S // 8) + g + 1) % (4 * S // 8)
+            ka_next, kb_next = parts_of(load_rows(k_ring.index(ahead), L), BK, PARTS, L)
+            qa_next, qb_next = parts_of(load_rows(q_ring.index(ahead), L), BK, PARTS, L)
+            v_next = load_columns(v_ring.index(ahead), BV)
+            f_next = f_ring.index(ahead).load(GATES)
+            y_at += 4 * N * V
+            ha, hb, pa, p0 = step(ha, hb, pa, ka, kb, ka, v8, v8, qa, qb, f8, 4, W, BH, BV, PARTS)
+            ha, hb, pa, p1 = step(ha, hb, pa, ka, kb, ka, v8, v8, qa, qb, f8, 5, W, BH, BV, PARTS)
+            y = gl.sum(y, 1).to(y_ptr.dtype.element_ty)
+            gl.store(y_at + y_offset, y, mask=(y_step < left - t) & (y_col < V))
+            ha, hb, pa, p2 = step(ha, hb, pa, ka, kb, ka, v8, v8, qa, qb, f8, 6, W, BH, BV, PARTS)
+            ha, hb, pa, p3 = step(ha, hb, pa, ka, kb, ka_next, v8, v_next, qa, qb, f8, 7, W, BH, BV, PARTS)
             second_half.store(in_lines(p0, p1, p2, p3, BV))
-            y = gl.sum(second_half.load(Y8), 1)
             y_at += 4 * N * V
-            gl.store(y_at + y_offset, y.to(y_ptr.dtype.element_ty), mask=(y_step < left - t - 4) & (y_col < V))
-            y_at += 4 * N * V
-    gl.store(final_ptr + sn * (K * V) + state, h, mask=in_state)
+            ka = ka_next
+            kb = kb_next
+            qa = qa_next
+            qb = qb_next
+            v8 = v_next
+            f8 = f_next
+    y = gl.sum(second_half.load(Y8), 1).to(y_ptr.dtype.element_ty)
+    # Without a step there is nothing to store: the mask is then empty, as `length` is 0 and so is `stages`.
+    gl.store(y_at + y_offset, y, mask=(y_step + 4 < length - (stages - 1) * S - (S - 8)) & (y_col < V) & (length > 0))
+    final_at = final_ptr + sn * (K * V) + state
+    gl.store(final_at, ha, mask=in_a)
+    if PARTS == 2:
+        gl.store(final_at + BH * V, hb, mask=in_b)

@@ -211,7 +211,8 @@ def sum_own_rows(x, BK: gl.constexpr, BV: gl.constexpr):
 def sum_own(x, BK: gl.constexpr, BV: gl.constexpr):
     """[NW, 8, 4], one of every thread: the state-shaped x summed over what the thread holds."""
     NW: gl.constexpr = gl.num_warps()
-    return gl.sum(gl.sum(gl.sum(gl.sum(x.reshape((BK // (16 * NW), NW, 2, 8, BV // 8, 4, 2)), 6), 4), 2), 0)
+    x = x.reshape((BK // (16 * NW), NW, 2, 8, BV // 8, 4, 2)).permute((1, 3, 5, 0, 2, 4, 6))
+    return gl.sum(x.reshape((NW, 8, 4, BK * BV // (32 * NW))), 3)
 
 
 @gluon.jit

@@ -41,7 +41,7 @@ D = dict(N=16, K=64, V=64, Gq=16, Gk=16, Gv=1, Gf=1, Gw=1, BV=64, PACKED=False)
 FORWARD = dict(HAS_H0=False, SAVE=True)
 BACKWARD = dict(HAS_DY=True, CLIP=1)
 LOW = {"q", "k", "v", "W", "dy"}
-GLUON_LOW = LOW | {"ckpt", "dq", "dk", "dv"}
+GLUON_LOW = LOW | {"ckpt", "scratch", "dq", "dk", "dv"}
 STRIDE_ONE = {"q_sk", "k_sk", "v_sv", "dy_sv", "f_sn"}
 UNALIGNED = {"T", "NC", "f_st", "f_sb", "chunk_first", "chunk_last", "window"}
 

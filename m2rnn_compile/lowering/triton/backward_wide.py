@@ -2,8 +2,8 @@
 """The backward scan at V = 64 on Hopper: what `backward_gluon.py` does, two warpgroups to 64 rows of the state.
 
 One state fills a multiprocessor, so warps, not programs, must overlap. Four warps redo the forward walk from a
-checkpoint (`quarters.py`) and leave H_{t-1}, E = H_{t-1} - Z_t and S = (1 - f)(1 - Z²) of four steps at a time in shared
-memory; four others undo these steps while the first four redo the ones before them. Redoing goes twice over a chunk:
+checkpoint (`quarters.py`) and leave H_{t-1}, E = H_{t-1} - Z_t and S = (1 - f)(1 - Z²) of four steps at a time in
+shared memory; four others undo these steps while the first four redo the ones before them. Redoing goes twice over a chunk:
 once to note the state every four steps, in a scratch that stays in L2, and once, from its last group to its first, for
 what undoing needs. dW is added up after every group as one product over 4 · BK rows.
 """
@@ -20,7 +20,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .quarters import begin, load_quarters, note, noted, quarter_layout, seed_of, step, whole
+from .quarters import (
+    begin,
+    factors,
+    in_quarters,
+    load_state,
+    note,
+    noted,
+    outer,
+    quarter_layout,
+    step,
+    whole,
+)
 from .tile import (
     LINE,
     ROW_MAJOR,
@@ -49,12 +60,6 @@ from .tile import (
 
 
 @gluon.jit
-def slope(z, g, LOW: gl.constexpr):
-    """A quarter of S = (1 - f)(1 - Z²), g = 1 - f."""
-    return multiply((1.0 - z * z).to(LOW), gl.full(z.shape, 0.0, LOW, z.type.layout) + g.to(LOW))
-
-
-@gluon.jit
 def redo(
     first, length, block, c_first, c_last, groups_in_all, ks, vs, fs, dys, W, hs, es, ss, full, empty,
     k_at, k_st, k_sk, v_at, v_st, v_sv, f_at, f_st, dy_at, dy_st, dy_sv, ckpt_ptr, ckpt_step, scratch, dq_at, dq_st,
@@ -66,7 +71,6 @@ def redo(
     L: gl.constexpr = tile_layout(NW, BV, True)
     MMA: gl.constexpr = tile_layout(NW, BV, False)
     Q: gl.constexpr = quarter_layout(NW)
-    i = row_of(gl.expand_dims(gl.arange(0, BK, gl.SliceLayout(1, Q)), 1), BK) + block * BK
     dys_of = steps_of(dys, C, BV)
     chunks = c_last - c_first
     t_last = (c_last - 1) * C
@@ -89,7 +93,7 @@ def redo(
         stage_gate(fs.index(1 - now), f_at, f_st, first + t0 - C, before, C)
         async_copy.commit_group()
         c_at = ckpt_ptr + (c // 2).to(gl.int64) * ckpt_step + c % 2 * (K * V)
-        n0, n1, n2, n3 = load_quarters(c_at, i, i < K, V, BK, BV)
+        n0, n1, n2, n3 = in_quarters(load_state(c_at, block * BK, K, V, BK, BV), BK, BV)
         async_copy.wait_group(1)
         finish_gate(fs.index(now), left, C)
         k_now = steps_of(ks.index(now), C, BK)
@@ -101,15 +105,17 @@ def redo(
         h1 = n1.to(gl.float32)
         h2 = n2.to(gl.float32)
         h3 = n3.to(gl.float32)
-        u = begin(h0, h1, h2, h3, seed_of(k_now, v_now, 0, BK, BV, L), W, BV, LOW, L)
-        seed = seed_of(k_now, v_now, 1, BK, BV, L)
+        k, v = factors(k_now, v_now, 0, BK, BV)
+        u = begin(h0, h1, h2, h3, outer(k, v, BK, BV, L), W, BV, LOW, L)
+        k, v = factors(k_now, v_now, 1, BK, BV)
         for g in range(0, groups - 1):
             for m in gl.static_range(4):
                 t = g * 4 + m
+                seed = outer(k, v, BK, BV, L)
+                k, v = factors(k_now, v_now, gl.minimum(t + 2, C - 1), BK, BV)
                 h0, h1, h2, h3, n0, n1, n2, n3, _, _, _, _, _, _, _, _, later = step(
                     h0, h1, h2, h3, u, seed, 1.0 - gate(f_now, t, Q), W, True, BK, BV
                 )
-                seed = seed_of(k_now, v_now, gl.minimum(t + 2, C - 1), BK, BV, L)
                 u = warpgroup_mma_wait(0, [later])
             note(scratch + (g + 1) * (BK * BV), n0, n1, n2, n3, BK)
         for back_g in range(0, groups):
@@ -120,27 +126,26 @@ def redo(
             h1 = n1.to(gl.float32)
             h2 = n2.to(gl.float32)
             h3 = n3.to(gl.float32)
-            u = begin(h0, h1, h2, h3, seed_of(k_now, v_now, g * 4, BK, BV, L), W, BV, LOW, L)
+            k, v = factors(k_now, v_now, g * 4, BK, BV)
+            u = begin(h0, h1, h2, h3, outer(k, v, BK, BV, L), W, BV, LOW, L)
+            k, v = factors(k_now, v_now, g * 4 + 1, BK, BV)
             mbarrier.wait(empty.index(slot), count // 2 % 2 ^ 1)
             hs.index(slot * 4).store(whole(n0, n1, n2, n3, BK, BV, L))
             n0, n1, n2, n3 = noted(scratch + gl.maximum(g - 1, 0) * (BK * BV), BK)
             dq = gl.full((BK, 8), 0.0, gl.float32, MMA)
             for m in gl.static_range(4):
                 t = g * 4 + m
-                seed = seed_of(k_now, v_now, gl.minimum(t + 1, C - 1), BK, BV, L)
-                w = 1.0 - gate(f_now, t, Q)
-                h0, h1, h2, h3, a0, a1, a2, a3, z0, z1, z2, z3, e0, e1, e2, e3, later = step(
-                    h0, h1, h2, h3, u, seed, w, W, m < 3, BK, BV
+                seed = outer(k, v, BK, BV, L)
+                if m < 2:
+                    k, v = factors(k_now, v_now, t + 2, BK, BV)
+                h0, h1, h2, h3, a0, a1, a2, a3, e0, e1, e2, e3, s0, s1, s2, s3, later = step(
+                    h0, h1, h2, h3, u, seed, 1.0 - gate(f_now, t, Q), W, m < 3, BK, BV
                 )
                 a = whole(a0, a1, a2, a3, BK, BV, L)
                 if m < 3:
                     hs.index(slot * 4 + m + 1).store(a)
-                es.index(slot * 4 + m).store(
-                    whole(e0.to(LOW), e1.to(LOW), e2.to(LOW), e3.to(LOW), BK, BV, L)
-                )
-                ss.index(slot * 4 + m).store(
-                    whole(slope(z0, w, LOW), slope(z1, w, LOW), slope(z2, w, LOW), slope(z3, w, LOW), BK, BV, L)
-                )
+                es.index(slot * 4 + m).store(whole(e0, e1, e2, e3, BK, BV, L))
+                ss.index(slot * 4 + m).store(whole(s0, s1, s2, s3, BK, BV, L))
                 if HAS_DY:
                     left_h = gl.convert_layout(a, left_layout(MMA), assert_trivial=True)
                     dq = mma_v2(left_h, column_of_right_operand(dys_of, t, m, BV, MMA), dq)

@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 
-from .quarters import begin, load_quarters, quarter_layout, seed_of, step, store_quarters, whole
+from .quarters import begin, factors, in_quarters, load_state, outer, quarter_layout, step, store_state, whole
 from .tile import (
     LINE,
     ROW_MAJOR,
@@ -25,7 +25,6 @@ from .tile import (
     gate,
     left_layout,
     load_W,
-    row_of,
     rows_of_right_operand,
     stage_gate,
     stage_rows,
@@ -46,9 +45,8 @@ def walk(
     NW: gl.constexpr = gl.num_warps()
     L: gl.constexpr = tile_layout(NW, BV, True)
     Q: gl.constexpr = quarter_layout(NW)
-    i = row_of(gl.expand_dims(gl.arange(0, BK, gl.SliceLayout(1, Q)), 1), BK) + block * BK
     if HAS_H0:
-        h0, h1, h2, h3 = load_quarters(h0_ptr + at, i, i < K, V, BK, BV)
+        h0, h1, h2, h3 = in_quarters(load_state(h0_ptr + at, block * BK, K, V, BK, BV), BK, BV)
     else:
         h0 = gl.full((BK, BV // 4), 0.0, gl.float32, Q)
         h1 = h0
@@ -71,26 +69,28 @@ def walk(
         finish_gate(fs.index(now), left, C)
         if SAVE:
             c_at = ckpt_ptr + (c // 2).to(gl.int64) * ckpt_step + c % 2 * (K * V)
-            store_quarters(c_at, h0, h1, h2, h3, i, i < K, V, BK, BV)
+            store_state(c_at, h0, h1, h2, h3, block * BK, K, V, BK, BV)
         k_now = steps_of(ks.index(now), C, BK)
         v_now = steps_of(vs.index(now), C, BV)
         f_now = steps_of(fs.index(now), C, 1)
-        u = begin(h0, h1, h2, h3, seed_of(k_now, v_now, 0, BK, BV, L), W, BV, LOW, L)
-        seed = seed_of(k_now, v_now, 1, BK, BV, L)
+        k, v = factors(k_now, v_now, 0, BK, BV)
+        u = begin(h0, h1, h2, h3, outer(k, v, BK, BV, L), W, BV, LOW, L)
+        k, v = factors(k_now, v_now, 1, BK, BV)
         for g in range(0, (gl.minimum(left, C) + U - 1) // U):
             group = c * (C // U) + g
             slot = group % 2
             mbarrier.wait(empty.index(slot), group // 2 % 2 ^ 1)
             for m in gl.static_range(U):
                 t = g * U + m
+                seed = outer(k, v, BK, BV, L)
+                k, v = factors(k_now, v_now, gl.minimum(t + 2, C - 1), BK, BV)  # the last one's u is not used
                 h0, h1, h2, h3, a0, a1, a2, a3, _, _, _, _, _, _, _, _, later = step(
                     h0, h1, h2, h3, u, seed, 1.0 - gate(f_now, t, Q), W, True, BK, BV
                 )
                 ring.index(slot * U + m).store(whole(a0, a1, a2, a3, BK, BV, L))
-                seed = seed_of(k_now, v_now, gl.minimum(t + 2, C - 1), BK, BV, L)  # the last one's u is not used
                 u = warpgroup_mma_wait(0, [later])
             mbarrier.arrive(full.index(slot))
-    store_quarters(final_ptr + at, h0, h1, h2, h3, i, i < K, V, BK, BV)
+    store_state(final_ptr + at, h0, h1, h2, h3, block * BK, K, V, BK, BV)
 
 
 @gluon.jit

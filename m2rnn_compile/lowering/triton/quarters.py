@@ -12,7 +12,19 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from .tile import column_of, columns, left_layout, rows, tanh_hardware, tile_layout
+from .tile import (
+    column_layout,
+    columns_by_lane,
+    in_order,
+    in_row_order,
+    left_layout,
+    multiply,
+    row_layout,
+    rows_by_lane_group,
+    tanh_hardware,
+    tile_layout,
+    to_float,
+)
 
 
 @gluon.constexpr_function
@@ -41,13 +53,6 @@ def whole(x0, x1, x2, x3, BK: gl.constexpr, BV: gl.constexpr, L: gl.constexpr):
 
 
 @gluon.jit
-def quarter_of_state(i: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr):
-    """Columns of memory of quarter i, [1, BV / 4]."""
-    Q: gl.constexpr = quarter_layout(gl.num_warps())
-    return column_of(i * (BV // 4) + gl.expand_dims(gl.arange(0, BV // 4, gl.SliceLayout(0, Q)), 0), BV)
-
-
-@gluon.jit
 def quarters_of_W(W, BV: gl.constexpr):
     Q: gl.constexpr = BV // 4
     return W.slice(0, Q, 0), W.slice(Q, Q, 0), W.slice(2 * Q, Q, 0), W.slice(3 * Q, Q, 0)
@@ -60,8 +65,18 @@ def operand(h, LOW: gl.constexpr, L: gl.constexpr):
 
 
 @gluon.jit
-def seed_of(ks, vs, t, BK: gl.constexpr, BV: gl.constexpr, L: gl.constexpr):
-    return rows(ks, t, BK, L) * columns(vs, t, BV, L)
+def factors(ks, vs, t, BK: gl.constexpr, BV: gl.constexpr):
+    """k and v of step t, still in 16 bits: to be loaded a step before they are needed."""
+    NW: gl.constexpr = gl.num_warps()
+    return ks.index(t).load(rows_by_lane_group(BK, NW)), vs.index(t).load(columns_by_lane(BV, NW))
+
+
+@gluon.jit
+def outer(k, v, BK: gl.constexpr, BV: gl.constexpr, L: gl.constexpr):
+    """k vᵀ, in layout L."""
+    k = gl.convert_layout(in_row_order(to_float(k), BK), row_layout(L), assert_trivial=True)
+    v = gl.convert_layout(in_order(to_float(v), BV), column_layout(L), assert_trivial=True)
+    return gl.expand_dims(k, 1) * gl.expand_dims(v, 0)
 
 
 @gluon.jit
@@ -84,57 +99,44 @@ def blend(h, u, g):
 
 
 @gluon.jit
+def slope(z, g, LOW: gl.constexpr):
+    """A quarter of S = (1 - f)(1 - Z²), g = 1 - f."""
+    return multiply((1.0 - z * z).to(LOW), gl.full(z.shape, 0.0, LOW, z.type.layout) + g.to(LOW))
+
+
+@gluon.jit
 def step(h0, h1, h2, h3, u, seed, g, W, PRODUCT: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr):
-    """One step: quarters of H_t, of H_t as products see it, of Z_t and of H_{t-1} - Z_t; and the product of the step to
-    come, under way. g = 1 - f. PRODUCT: whether there is a step to come."""
+    """One step: quarters of H_t, of H_t as products see it, of E = H_{t-1} - Z_t and of S = (1 - f)(1 - Z²); and the
+    product of the step to come, under way. g = 1 - f. PRODUCT: whether there is a step to come."""
     LOW: gl.constexpr = W.dtype
     L: gl.constexpr = u.type.layout
     W0, W1, W2, W3 = quarters_of_W(W, BV)
     u0, u1, u2, u3 = in_quarters(u, BK, BV)
-    h0, z0, e0 = blend(h0, u0, g)
+    h0, z, e = blend(h0, u0, g)
     a0 = h0.to(LOW)
     if PRODUCT:
         seed = warpgroup_mma(operand(a0, LOW, L), W0, seed, is_async=True)
-    h1, z1, e1 = blend(h1, u1, g)
+    e0 = e.to(LOW)
+    s0 = slope(z, g, LOW)
+    h1, z, e = blend(h1, u1, g)
     a1 = h1.to(LOW)
     if PRODUCT:
         seed = warpgroup_mma(operand(a1, LOW, L), W1, seed, is_async=True)
-    h2, z2, e2 = blend(h2, u2, g)
+    e1 = e.to(LOW)
+    s1 = slope(z, g, LOW)
+    h2, z, e = blend(h2, u2, g)
     a2 = h2.to(LOW)
     if PRODUCT:
         seed = warpgroup_mma(operand(a2, LOW, L), W2, seed, is_async=True)
-    h3, z3, e3 = blend(h3, u3, g)
+    e2 = e.to(LOW)
+    s2 = slope(z, g, LOW)
+    h3, z, e = blend(h3, u3, g)
     a3 = h3.to(LOW)
     if PRODUCT:
         seed = warpgroup_mma(operand(a3, LOW, L), W3, seed, is_async=True)
-    return h0, h1, h2, h3, a0, a1, a2, a3, z0, z1, z2, z3, e0, e1, e2, e3, seed
-
-
-@gluon.jit
-def load_quarters(at, i, in_rows, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr):
-    """Quarters of a state in memory; i: rows, [BK, 1]."""
-    j0 = quarter_of_state(0, BK, BV)
-    j1 = quarter_of_state(1, BK, BV)
-    j2 = quarter_of_state(2, BK, BV)
-    j3 = quarter_of_state(3, BK, BV)
-    at = at + i * V
-    return (
-        gl.load(at + j0, mask=in_rows & (j0 < V), other=0.0), gl.load(at + j1, mask=in_rows & (j1 < V), other=0.0),
-        gl.load(at + j2, mask=in_rows & (j2 < V), other=0.0), gl.load(at + j3, mask=in_rows & (j3 < V), other=0.0),
-    )  # fmt: skip
-
-
-@gluon.jit
-def store_quarters(at, h0, h1, h2, h3, i, in_rows, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr):
-    j0 = quarter_of_state(0, BK, BV)
-    j1 = quarter_of_state(1, BK, BV)
-    j2 = quarter_of_state(2, BK, BV)
-    j3 = quarter_of_state(3, BK, BV)
-    at = at + i * V
-    gl.store(at + j0, h0.to(at.dtype.element_ty), mask=in_rows & (j0 < V))
-    gl.store(at + j1, h1.to(at.dtype.element_ty), mask=in_rows & (j1 < V))
-    gl.store(at + j2, h2.to(at.dtype.element_ty), mask=in_rows & (j2 < V))
-    gl.store(at + j3, h3.to(at.dtype.element_ty), mask=in_rows & (j3 < V))
+    e3 = e.to(LOW)
+    s3 = slope(z, g, LOW)
+    return h0, h1, h2, h3, a0, a1, a2, a3, e0, e1, e2, e3, s0, s1, s2, s3, seed
 
 
 @gluon.constexpr_function
@@ -184,3 +186,38 @@ def noted(at, BK: gl.constexpr):
         _quarter(gl.load(at + offset), BK, Q), _quarter(gl.load(at + BK * 16 + offset), BK, Q),
         _quarter(gl.load(at + BK * 32 + offset), BK, Q), _quarter(gl.load(at + BK * 48 + offset), BK, Q),
     )  # fmt: skip
+
+
+@gluon.constexpr_function
+def lines_of_state(NW):
+    """[16 NW, 64] in memory order: a thread holds 16 columns of two rows."""
+    registers = [[0, 1], [0, 2], [0, 4], [0, 8], [1, 0]]
+    lanes = [[0, 16], [0, 32], [2, 0], [4, 0], [8, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16 * 2**i, 0] for i in range(NW.bit_length() - 1)], [], [16 * NW, 64])
+
+
+@gluon.jit
+def _state_at(at, row_first, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr):
+    X: gl.constexpr = lines_of_state(gl.num_warps())
+    i = gl.expand_dims(gl.arange(0, BK, gl.SliceLayout(1, X)), 1) + row_first
+    j = gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(0, X)), 0)
+    return at + (i * V + j), (i < K) & (j < V)
+
+
+@gluon.jit
+def store_state(at, h0, h1, h2, h3, row_first, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr):
+    """Quarters of a state to memory, 16 bytes at a time."""
+    NW: gl.constexpr = gl.num_warps()
+    x = gl.join(gl.join(h0, h2), gl.join(h1, h3)).permute((0, 2, 3, 1)).reshape((NW, 2, 8, 8, 4, 2))
+    x = x.permute((0, 2, 1, 4, 3, 5)).reshape((BK, BV)).to(at.dtype.element_ty)
+    to, ok = _state_at(at, row_first, K, V, BK, BV)
+    gl.store(to, gl.convert_layout(x, lines_of_state(NW), assert_trivial=True), mask=ok)
+
+
+@gluon.jit
+def load_state(at, row_first, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr):
+    """A state in memory, [BK, BV] by position."""
+    NW: gl.constexpr = gl.num_warps()
+    to, ok = _state_at(at, row_first, K, V, BK, BV)
+    x = gl.load(to, mask=ok, other=0.0).reshape((NW, 8, 2, 4, 8, 2)).permute((0, 2, 1, 4, 3, 5)).reshape((BK, BV))
+    return gl.convert_layout(x, tile_layout(NW, BV, True), assert_trivial=True)

@@ -3,16 +3,20 @@
 
 One state fills a multiprocessor, so warps, not programs, must overlap. Four warps redo the forward walk from a
 checkpoint (`quarters.py`) and leave H_{t-1}, E = H_{t-1} - Z_t and S = (1 - f)(1 - Z²) of four steps at a time in
-shared memory; four others undo these steps while the first four redo the ones before them. Redoing goes twice over a chunk:
-once to note the state every four steps, in a scratch that stays in L2, and once, from its last group to its first, for
-what undoing needs. dW is added up after every group as one product over 4 · BK rows.
+shared memory; four others undo these steps while the first four redo the ones before them. Redoing goes twice over a
+chunk: once to note the state every four steps, in a scratch that stays in L2, and once, from its last group to its
+first, for what undoing needs.
+
+Sums over rows or columns with a vector (dq, dk, dv) are products of N = 8, whose right operand is eight lines of dy, v
+or k: all but one column of each is thrown away, which costs less than a product that stops the warps (HMMA waits for
+the tensor cores, warpgroup products do not).
 """
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -34,29 +38,84 @@ from .quarters import (
 )
 from .tile import (
     LINE,
+    PRIVATE_REINTERPRET,
     ROW_MAJOR,
     SWIZZLED,
     clamp,
     column_of,
-    column_of_right_operand,
     columns,
+    columns_in_memory,
     finish_gate,
     gate,
-    left_layout,
     left_operand,
     load_W,
     multiply,
     row_of,
     rows,
-    rows_of_right_operand,
     stage_gate,
     stage_rows,
     steps_of,
-    store_columns,
     sum_own,
     tile_layout,
     to_float,
 )  # fmt: skip
+
+
+@gluon.constexpr_function
+def lines_layout(C, NW):
+    """[C, 64] in memory order, pairs of columns to a lane."""
+    steps = [[2**i, 0] for i in range(C.bit_length() - 1)]
+    warps = steps[: NW.bit_length() - 1]
+    lanes = [[0, 2], [0, 4], [0, 8], [0, 16], [0, 32]]
+    return gl.DistributedLinearLayout([[0, 1], *steps[len(warps) :]], lanes, warps, [], [C, 64])
+
+
+@gluon.jit
+def load_lines(ptr, stride_t, stride_d, t, left, d_first, D: gl.constexpr, C: gl.constexpr, BD: gl.constexpr):
+    """ptr[t : t + C, d_first : d_first + BD]; zeros past `left` steps or past D."""
+    X: gl.constexpr = lines_layout(C, gl.num_warps())
+    i = gl.expand_dims(gl.arange(0, C, gl.SliceLayout(1, X)), 1)
+    d = gl.expand_dims(gl.arange(0, BD, gl.SliceLayout(0, X)), 0) + d_first
+    at = ptr + t.to(gl.int64) * stride_t + (i.to(gl.int64) * stride_t + d * stride_d)
+    return gl.load(at, mask=(i < left) & (d < D), other=0.0)
+
+
+@gluon.jit
+def as_one_tile(shared, C: gl.constexpr, D: gl.constexpr):
+    """Swizzled tiles of eight lines as one of C: the swizzle repeats every eight."""
+    if PRIVATE_REINTERPRET:
+        return shared._reinterpret(shared.dtype, [C, D], SWIZZLED)
+    else:
+        return shared.reinterpret(shared.dtype, [C, D], SWIZZLED)
+
+
+@gluon.jit
+def columns_by_position(x, C: gl.constexpr, BV: gl.constexpr):
+    """[C, BV] in memory order -> by position."""
+    return x.reshape((C, 4, BV // 8, 2)).permute((0, 2, 1, 3)).reshape((C, BV))
+
+
+@gluon.jit
+def rows_by_position(x, C: gl.constexpr, BK: gl.constexpr):
+    return x.reshape((C, BK // 16, 8, 2)).permute((0, 1, 3, 2)).reshape((C, BK))
+
+
+@gluon.jit
+def left_operand_of(x, R: gl.constexpr):
+    """The state-shaped x as left operand of a product with accumulators in layout R: the registers are the same."""
+    return gl.convert_layout(x, gl.DotOperandLayout(0, R, 2), assert_trivial=True)
+
+
+@gluon.jit
+def store_lines(at, tile, begin, end, stride_t, k_first, K: gl.constexpr, BK: gl.constexpr):
+    """Columns begin to end - 1 of tile [BK, 8], one per step, as rows of memory [8, K]."""
+    NW: gl.constexpr = gl.num_warps()
+    OUT: gl.constexpr = columns_in_memory(BK, NW)
+    x = tile.reshape((NW, 2, 8, 8)).permute((3, 0, 2, 1)).reshape((8, BK))
+    x = gl.convert_layout(x, OUT, assert_trivial=True)
+    t = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(1, OUT)), 1)
+    k = gl.expand_dims(gl.arange(0, BK, gl.SliceLayout(0, OUT)), 0) + k_first
+    gl.store(at + t * stride_t + k, x.to(at.dtype.element_ty), mask=(t >= begin) & (t < end) & (k < K))
 
 
 @gluon.jit
@@ -69,9 +128,9 @@ def redo(
     LOW: gl.constexpr = W.dtype
     NW: gl.constexpr = gl.num_warps()
     L: gl.constexpr = tile_layout(NW, BV, True)
-    MMA: gl.constexpr = tile_layout(NW, BV, False)
+    THIN: gl.constexpr = tile_layout(NW, 8, True)
     Q: gl.constexpr = quarter_layout(NW)
-    dys_of = steps_of(dys, C, BV)
+    line = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, THIN)), 0)
     chunks = c_last - c_first
     t_last = (c_last - 1) * C
     if chunks > 0:
@@ -85,8 +144,7 @@ def redo(
         left = length - t0
         now = back % 2
         if HAS_DY:
-            stage_rows(dys, dy_at, dy_st, dy_sv, first + t0, left, 0, V, C, BV)
-            async_copy.commit_group()
+            dy = load_lines(dy_at, dy_st, dy_sv, first + t0, left, 0, V, C, BV)
         before = gl.where(c > c_first, C, 0)  # steps of the chunk before, if any
         stage_rows(ks.index(1 - now), k_at, k_st, k_sk, first + t0 - C, before, block * BK, K, C, BK)
         stage_rows(vs.index(1 - now), v_at, v_st, v_sv, first + t0 - C, before, 0, V, C, BV)
@@ -118,6 +176,9 @@ def redo(
                 )
                 u = warpgroup_mma_wait(0, [later])
             note(scratch + (g + 1) * (BK * BV), n0, n1, n2, n3, BK)
+        if HAS_DY:
+            as_one_tile(dys, C, BV).store(columns_by_position(dy, C, BV))
+            fence_async_shared()
         for back_g in range(0, groups):
             g = groups - 1 - back_g
             count = groups_in_all - 1 - (c - c_first) * (C // 4) - g
@@ -130,11 +191,16 @@ def redo(
             u = begin(h0, h1, h2, h3, outer(k, v, BK, BV, L), W, BV, LOW, L)
             k, v = factors(k_now, v_now, g * 4 + 1, BK, BV)
             mbarrier.wait(empty.index(slot), count // 2 % 2 ^ 1)
-            hs.index(slot * 4).store(whole(n0, n1, n2, n3, BK, BV, L))
+            a = whole(n0, n1, n2, n3, BK, BV, L)
+            hs.index(slot * 4).store(a)
             n0, n1, n2, n3 = noted(scratch + gl.maximum(g - 1, 0) * (BK * BV), BK)
-            dq = gl.full((BK, 8), 0.0, gl.float32, MMA)
+            dq = gl.full((BK, 8), 0.0, gl.float32, THIN)
+            dy_of = dys.index(g // 2).permute((1, 0))  # [BV, 8]: of this group and its neighbour
+            dy_first = g % 2 * 4
             for m in gl.static_range(4):
                 t = g * 4 + m
+                if HAS_DY and m > 0:
+                    dq_later = warpgroup_mma(left_operand_of(a, THIN), dy_of, dq, use_acc=False, is_async=True)
                 seed = outer(k, v, BK, BV, L)
                 if m < 2:
                     k, v = factors(k_now, v_now, t + 2, BK, BV)
@@ -146,26 +212,34 @@ def redo(
                     hs.index(slot * 4 + m + 1).store(a)
                 es.index(slot * 4 + m).store(whole(e0, e1, e2, e3, BK, BV, L))
                 ss.index(slot * 4 + m).store(whole(s0, s1, s2, s3, BK, BV, L))
-                if HAS_DY:
-                    left_h = gl.convert_layout(a, left_layout(MMA), assert_trivial=True)
-                    dq = mma_v2(left_h, column_of_right_operand(dys_of, t, m, BV, MMA), dq)
-                if m < 3:
+                if HAS_DY and m > 0:
+                    if m < 3:
+                        u, dq_m = warpgroup_mma_wait(0, [later, dq_later])
+                    else:
+                        dq_m = warpgroup_mma_wait(0, [dq_later])
+                    dq = gl.where(line == dy_first + (m - 1), dq_m, dq)
+                elif m < 3:
                     u = warpgroup_mma_wait(0, [later])
+            if HAS_DY:
+                dq_later = warpgroup_mma(left_operand_of(a, THIN), dy_of, dq, use_acc=False, is_async=True)
             fence_async_shared()
             mbarrier.arrive(full.index(slot))
             if HAS_DY:
-                out = (t0 + g * 4).to(gl.int64) * dq_st
-                store_columns(dq_at + out, dq, left - g * 4, dq_st, block * BK, K, BK)
+                dq_m = warpgroup_mma_wait(0, [dq_later])
+                dq = gl.where(line == dy_first + 3, dq_m, dq)
+                out = (t0 + g * 4 - dy_first).to(gl.int64) * dq_st
+                steps = gl.minimum(left - g * 4, 4) + dy_first
+                store_lines(dq_at + out, dq, dy_first, steps, dq_st, block * BK, K, BK)
     async_copy.wait_group(0)
 
 
 @gluon.jit
-def undo(carry, e_shared, s_shared, qs, ks, vs, fs, dys, u: gl.constexpr, Wt, dk, clip,
+def undo(carry, e_shared, s_shared, qs, fs, dys, u: gl.constexpr, Wt, v_of, clip,
          BK: gl.constexpr, BV: gl.constexpr, CLIP: gl.constexpr, HAS_DY: gl.constexpr):  # fmt: skip
-    """One step backwards: the carry, each thread's part of df, dk with column u filled in; dU takes the place of S."""
+    """One step backwards: D; dU, which takes the place of S; and, under way, the carry and, in column u, dk."""
     LOW: gl.constexpr = s_shared.dtype
     L: gl.constexpr = carry.type.layout
-    MMA: gl.constexpr = dk.type.layout
+    THIN: gl.constexpr = tile_layout(gl.num_warps(), 8, True)
     d = carry
     if CLIP:
         d = clamp(d, clip, True)
@@ -173,28 +247,38 @@ def undo(carry, e_shared, s_shared, qs, ks, vs, fs, dys, u: gl.constexpr, Wt, dk
         d = d + rows(qs, u, BK, L) * columns(dys, u, BV, L)
     du = multiply(d.to(LOW), s_shared.load(L))
     later = warpgroup_mma(left_operand(du), Wt, gate(fs, u, L) * d, is_async=True)
-    s_shared.store(du)
-    df = sum_own(d * to_float(e_shared.load(L)), BK, BV)
-    left = gl.convert_layout(du, left_layout(MMA), assert_trivial=True)
-    dk = mma_v2(left, column_of_right_operand(vs, u, u, BV, MMA), dk)
-    return warpgroup_mma_wait(0, [later]), df, dk
+    nothing = gl.full((BK, 8), 0.0, gl.float32, THIN)
+    dk = warpgroup_mma(left_operand_of(du, THIN), v_of, nothing, use_acc=False, is_async=True)
+    return d, du, later, dk
 
 
 @gluon.jit
-def add_rows(dv, du_shared, ks, u: gl.constexpr, BK: gl.constexpr):
-    """dUᵀ k into column u of dv [BV, 8]."""
-    MMA: gl.constexpr = dv.type.layout
-    return mma_v2(du_shared.permute((1, 0)).load(left_layout(MMA)), rows_of_right_operand(ks, u, u, BK, MMA), dv)
+def df_of(d, e_shared, BK: gl.constexpr, BV: gl.constexpr):
+    """Each thread's part of df."""
+    return sum_own(d * to_float(e_shared.load(d.type.layout)), BK, BV)
 
 
 @gluon.jit
-def stage_group(i, t, left, first, block, ks, vs, qs, dys, fs, k_at, k_st, k_sk, v_at, v_st, v_sv,
-                q_at, q_st, q_sk, dy_at, dy_st, dy_sv, f_at, f_st,
+def add_up(dW, h_shared, du_shared, k_of, BV: gl.constexpr):
+    """Under way: dW + Hᵀ dU, and dUᵀ k in the column of its step."""
+    THIN: gl.constexpr = tile_layout(gl.num_warps(), 8, True)
+    dW = warpgroup_mma(h_shared.permute((1, 0)), du_shared, dW, is_async=True)
+    nothing = gl.full((BV, 8), 0.0, gl.float32, THIN)
+    return dW, warpgroup_mma(du_shared.permute((1, 0)), k_of, nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def pick(x0, x1, x2, x3):
+    """Column u of xu."""
+    col = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, x0.type.layout)), 0)
+    return gl.where(col == 0, x0, gl.where(col == 1, x1, gl.where(col == 2, x2, x3)))
+
+
+@gluon.jit
+def stage_group(i, t, left, first, block, qs, dys, fs, q_at, q_st, q_sk, dy_at, dy_st, dy_sv, f_at, f_st,
                 K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, HAS_DY: gl.constexpr,
                 ):  # fmt: skip
     """Begin copying the inputs of four steps from t to place i."""
-    stage_rows(ks.index(i), k_at, k_st, k_sk, first + t, left, block * BK, K, 4, BK)
-    stage_rows(vs.index(i), v_at, v_st, v_sv, first + t, left, 0, V, 4, BV)
     stage_gate(fs.index(i), f_at, f_st, first + t, left, 4)
     if HAS_DY:
         stage_rows(qs.index(i), q_at, q_st, q_sk, first + t, left, block * BK, K, 4, BK)
@@ -204,7 +288,7 @@ def stage_group(i, t, left, first, block, ks, vs, qs, dys, fs, k_at, k_st, k_sk,
 
 @gluon.jit
 def undo_all(
-    first, length, block, c_first, groups_in_all, ks, vs, qs, dys, fs, W, hs, es, ss, full, empty,
+    first, length, block, c_first, groups_in_all, k_tiles, v_tiles, qs, dys, fs, W, hs, es, ss, full, empty,
     k_at, k_st, k_sk, v_at, v_st, v_sv, q_at, q_st, q_sk, dy_at, dy_st, dy_sv, f_at, f_st,
     carry_ptr, dW_ptr, dk_at, dk_st, dv_at, dv_st, df_at, df_st, clip,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr,
@@ -213,7 +297,7 @@ def undo_all(
     """carry_ptr and dW_ptr: of this state; dk_at, dv_at and df_at: its lines of time 0."""
     NW: gl.constexpr = gl.num_warps()
     L: gl.constexpr = tile_layout(NW, BV, True)
-    MMA: gl.constexpr = tile_layout(NW, BV, False)
+    THIN: gl.constexpr = tile_layout(NW, 8, True)
     i = row_of(gl.expand_dims(gl.arange(0, BK, gl.SliceLayout(1, L)), 1), BK) + block * BK
     j = column_of(gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(0, L)), 0), BV)
     carry_at = carry_ptr + i * V + j
@@ -227,15 +311,18 @@ def undo_all(
 
     STEP: gl.constexpr = gl.BlockedLayout([1], [32], [NW], [0])
     df_step = gl.arange(0, 4, STEP)
-    line = gl.arange(0, 8, gl.SliceLayout(0, MMA))
-    v_col = column_of(gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(1, MMA)), 1), BV)
+    line = gl.arange(0, 8, gl.SliceLayout(0, THIN))
+    v_col = column_of(gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(1, THIN)), 1), BV)
     dv_offset = gl.expand_dims(line, 0) * dv_st + v_col
 
+    t = c_first * C + (groups_in_all - 1) * 4
+    in_group = gl.where(groups_in_all > 0, gl.minimum(length - t, 4), 0)
+    k_next = load_lines(k_at, k_st, k_sk, first + t, in_group, block * BK, K, 8, BK)
+    v_next = load_lines(v_at, v_st, v_sv, first + t, in_group, 0, V, 8, BV)
     if groups_in_all > 0:
-        t = c_first * C + (groups_in_all - 1) * 4
         stage_group(
-            0, t, length - t, first, block, ks, vs, qs, dys, fs, k_at, k_st, k_sk, v_at, v_st, v_sv,
-            q_at, q_st, q_sk, dy_at, dy_st, dy_sv, f_at, f_st, K, V, BK, BV, HAS_DY,
+            0, t, length - t, first, block, qs, dys, fs, q_at, q_st, q_sk, dy_at, dy_st, dy_sv, f_at, f_st,
+            K, V, BK, BV, HAS_DY,
         )  # fmt: skip
     for count in range(0, groups_in_all):
         slot = count % 2
@@ -243,53 +330,66 @@ def undo_all(
         steps = length - t
         before = gl.where(count < groups_in_all - 1, 4, 0)
         stage_group(
-            1 - slot, t - 4, before, first, block, ks, vs, qs, dys, fs, k_at, k_st, k_sk, v_at, v_st, v_sv,
-            q_at, q_st, q_sk, dy_at, dy_st, dy_sv, f_at, f_st, K, V, BK, BV, HAS_DY,
+            1 - slot, t - 4, before, first, block, qs, dys, fs, q_at, q_st, q_sk, dy_at, dy_st, dy_sv, f_at, f_st,
+            K, V, BK, BV, HAS_DY,
         )  # fmt: skip
+        k_tiles.index(slot).store(rows_by_position(k_next, 8, BK))
+        v_tiles.index(slot).store(columns_by_position(v_next, 8, BV))
+        fence_async_shared()
+        k_next = load_lines(k_at, k_st, k_sk, first + t - 4, before, block * BK, K, 8, BK)
+        v_next = load_lines(v_at, v_st, v_sv, first + t - 4, before, 0, V, 8, BV)
         async_copy.wait_group(1)
         finish_gate(fs.index(slot), steps, 4)
-        k_now = steps_of(ks.index(slot), 4, BK)
         q_now = steps_of(qs.index(slot), 4, BK)
-        v_now = steps_of(vs.index(slot), 4, BV)
         dy_now = steps_of(dys.index(slot), 4, BV)
         f_now = steps_of(fs.index(slot), 4, 1)
+        k_of = k_tiles.index(slot).permute((1, 0))
+        v_of = v_tiles.index(slot).permute((1, 0))
         mbarrier.wait(full.index(slot), count // 2 % 2)
-        e = slot * 4
-        dk = gl.full((BK, 8), 0.0, gl.float32, MMA)
-        carry, df3, dk = undo(
-            carry, es.index(e + 3), ss.index(e + 3), q_now, k_now, v_now, f_now, dy_now, 3, Wt, dk, clip,
-            BK, BV, CLIP, HAS_DY,
-        )  # fmt: skip
-        carry, df2, dk = undo(
-            carry, es.index(e + 2), ss.index(e + 2), q_now, k_now, v_now, f_now, dy_now, 2, Wt, dk, clip,
-            BK, BV, CLIP, HAS_DY,
-        )  # fmt: skip
-        carry, df1, dk = undo(
-            carry, es.index(e + 1), ss.index(e + 1), q_now, k_now, v_now, f_now, dy_now, 1, Wt, dk, clip,
-            BK, BV, CLIP, HAS_DY,
-        )  # fmt: skip
-        carry, df0, dk = undo(
-            carry, es.index(e), ss.index(e), q_now, k_now, v_now, f_now, dy_now, 0, Wt, dk, clip,
-            BK, BV, CLIP, HAS_DY,
-        )  # fmt: skip
+        i0 = slot * 4
+        i1 = slot * 4 + 1
+        i2 = slot * 4 + 2
+        i3 = slot * 4 + 3
+        # What is added up of a step is under way while the next one is undone.
+        d, du, later, dk3 = undo(carry, es.index(i3), ss.index(i3), q_now, f_now, dy_now, 3, Wt, v_of, clip,
+                                 BK, BV, CLIP, HAS_DY)  # fmt: skip
+        ss.index(i3).store(du)
         fence_async_shared()
-        dv = gl.full((BV, 8), 0.0, gl.float32, MMA)
-        dv = add_rows(dv, ss.index(e + 3), k_now, 3, BK)
-        dW_later = warpgroup_mma(hs.index(e + 3).permute((1, 0)), ss.index(e + 3), dW, is_async=True)
-        dW_later = warpgroup_mma(hs.index(e + 2).permute((1, 0)), ss.index(e + 2), dW_later, is_async=True)
-        dW_later = warpgroup_mma(hs.index(e + 1).permute((1, 0)), ss.index(e + 1), dW_later, is_async=True)
-        dW_later = warpgroup_mma(hs.index(e).permute((1, 0)), ss.index(e), dW_later, is_async=True)
-        dv = add_rows(dv, ss.index(e + 2), k_now, 2, BK)
-        dv = add_rows(dv, ss.index(e + 1), k_now, 1, BK)
-        dv = add_rows(dv, ss.index(e), k_now, 0, BK)
+        df3 = df_of(d, es.index(i3), BK, BV)
+        carry = warpgroup_mma_wait(1, [later])
+        d, du, later, dk2 = undo(carry, es.index(i2), ss.index(i2), q_now, f_now, dy_now, 2, Wt, v_of, clip,
+                                 BK, BV, CLIP, HAS_DY)  # fmt: skip
+        dW_later, dv3 = add_up(dW, hs.index(i3), ss.index(i3), k_of, BV)
+        ss.index(i2).store(du)
+        fence_async_shared()
+        df2 = df_of(d, es.index(i2), BK, BV)
+        carry = warpgroup_mma_wait(3, [later])
+        d, du, later, dk1 = undo(carry, es.index(i1), ss.index(i1), q_now, f_now, dy_now, 1, Wt, v_of, clip,
+                                 BK, BV, CLIP, HAS_DY)  # fmt: skip
+        dW_later, dv2 = add_up(dW_later, hs.index(i2), ss.index(i2), k_of, BV)
+        ss.index(i1).store(du)
+        fence_async_shared()
+        df1 = df_of(d, es.index(i1), BK, BV)
+        carry = warpgroup_mma_wait(3, [later])
+        d, du, later, dk0 = undo(carry, es.index(i0), ss.index(i0), q_now, f_now, dy_now, 0, Wt, v_of, clip,
+                                 BK, BV, CLIP, HAS_DY)  # fmt: skip
+        dW_later, dv1 = add_up(dW_later, hs.index(i1), ss.index(i1), k_of, BV)
+        ss.index(i0).store(du)
+        fence_async_shared()
+        df0 = df_of(d, es.index(i0), BK, BV)
+        dW_later, dv0 = add_up(dW_later, hs.index(i0), ss.index(i0), k_of, BV)
         df = gl.join(gl.join(df0, df2), gl.join(df1, df3)).reshape((32 * NW, 4))  # join's last axis is the fastest
         df = gl.convert_layout(gl.sum(df, 0), STEP)
-        dW = warpgroup_mma_wait(0, [dW_later])
+        carry, dW, dk0, dk1, dk2, dk3, dv0, dv1, dv2, dv3 = warpgroup_mma_wait(
+            0, [later, dW_later, dk0, dk1, dk2, dk3, dv0, dv1, dv2, dv3]
+        )
         mbarrier.arrive(empty.index(slot))
-        t = t.to(gl.int64)
-        store_columns(dk_at + t * dk_st, dk, steps, dk_st, block * BK, K, BK)
-        gl.store(df_at + t * df_st + df_step * df_st, df, mask=df_step < steps)
-        gl.store(dv_at + t * dv_st + dv_offset, dv.to(dv_at.dtype.element_ty),
+        dk = pick(dk0, dk1, dk2, dk3)
+        dv = pick(dv0, dv1, dv2, dv3)
+        out = t.to(gl.int64)
+        store_lines(dk_at + out * dk_st, dk, 0, gl.minimum(steps, 4), dk_st, block * BK, K, BK)
+        gl.store(df_at + out * df_st + df_step * df_st, df, mask=df_step < steps)
+        gl.store(dv_at + out * dv_st + dv_offset, dv.to(dv_at.dtype.element_ty),
                  mask=gl.expand_dims(line < gl.minimum(steps, 4), 0) & (v_col < V))  # fmt: skip
     async_copy.wait_group(0)
     gl.store(carry_at, carry, mask=in_state)
@@ -348,10 +448,10 @@ def scan_backward_wide_kernel(
     ks = gl.allocate_shared_memory(LOW, [2, C, BK], ROW_MAJOR)
     vs = gl.allocate_shared_memory(LOW, [2, C, BV], ROW_MAJOR)
     fs = gl.allocate_shared_memory(gl.float32, [2, C], LINE)
-    dys = gl.allocate_shared_memory(LOW, [C, BV], ROW_MAJOR)
-    group_k = gl.allocate_shared_memory(LOW, [2, 4, BK], ROW_MAJOR)
+    dys = gl.allocate_shared_memory(LOW, [C // 8, 8, BV], SWIZZLED)
+    group_k = gl.allocate_shared_memory(LOW, [2, 8, BK], SWIZZLED)
+    group_v = gl.allocate_shared_memory(LOW, [2, 8, BV], SWIZZLED)
     group_q = gl.allocate_shared_memory(LOW, [2, 4, BK], ROW_MAJOR)
-    group_v = gl.allocate_shared_memory(LOW, [2, 4, BV], ROW_MAJOR)
     group_dy = gl.allocate_shared_memory(LOW, [2, 4, BV], ROW_MAJOR)
     group_f = gl.allocate_shared_memory(gl.float32, [2, 4], LINE)
     hs = gl.allocate_shared_memory(LOW, [8, BK, BV], SWIZZLED)

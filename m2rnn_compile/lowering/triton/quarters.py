@@ -193,7 +193,8 @@ def lines_of_state(NW):
     """[16 NW, 64] in memory order: a thread holds 16 columns of two rows."""
     registers = [[0, 1], [0, 2], [0, 4], [0, 8], [1, 0]]
     lanes = [[0, 16], [0, 32], [2, 0], [4, 0], [8, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16 * 2**i, 0] for i in range(NW.bit_length() - 1)], [], [16 * NW, 64])
+    warps = [[16 * 2**i, 0] for i in range(NW.bit_length() - 1)]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [16 * NW, 64])
 
 
 @gluon.jit

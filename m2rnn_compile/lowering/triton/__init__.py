@@ -225,8 +225,7 @@ def scan_backward(
     }
     if not gluon:
         scratch = v.new_empty(S * N * blocks, triton.cdiv(chunk, 4), config.rows, BV, dtype=torch.float32)
-    # What a chunk's walk leaves: H every four steps and E of every step.
-    notes = [v.new_empty(S * N * blocks * (chunk // 4 + chunk), config.rows * BV)] if wide else []
+    notes = [v.new_empty(S * N * blocks * (chunk // 4), config.rows * BV)] if wide else []  # states every four steps
     if dy is None:
         dq.zero_()
     with _on_device(q):

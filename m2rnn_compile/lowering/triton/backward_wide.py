@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backward scan at V = 64 on Hopper: what `backward_gluon.py` does, two warpgroups to 64 rows of the state.
 
-One state fills a multiprocessor, so warps, not programs, must overlap. Four warps redo: they walk a chunk forwards from
-its checkpoint (`quarters.py`) and note H every four steps and E = H_{t-1} - Z_t of every step, in a scratch that stays in
-L2; then, four steps at a time from the last to the first, they leave H_{t-1}, E and S = (1 - f)(1 - Z²) in shared memory,
-which takes neither products nor tanh: Z = H - E. Four others undo these steps meanwhile.
+One state fills a multiprocessor, so warps, not programs, must overlap. Four warps redo the forward walk from a
+checkpoint (`quarters.py`) and leave H_{t-1}, E = H_{t-1} - Z_t and S = (1 - f)(1 - Z²) of four steps at a time in
+shared memory; four others undo these steps while the first four redo the ones before them. Redoing goes twice over a
+chunk: once to note the state every four steps, in a scratch that stays in L2, and once, from its last group to its
+first, for what undoing needs.
 
 Sums over rows or columns with a vector (dq, dk, dv) are products of N = 8, whose right operand is eight lines of dy, v
 or k: all but one column of each is thrown away, which costs less than a product that stops the warps (HMMA waits for
@@ -118,46 +119,18 @@ def store_lines(at, tile, begin, end, stride_t, k_first, K: gl.constexpr, BK: gl
 
 
 @gluon.jit
-def pick(x0, x1, x2, x3, first):
-    """Columns first to first + 3: one of each."""
-    col = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, x0.type.layout)), 0) - first
-    return gl.where(col == 0, x0, gl.where(col == 1, x1, gl.where(col == 2, x2, x3)))
-
-
-@gluon.jit
-def prepare(h, a, e, fs, t, h_shared, e_shared, s_shared, dy_of, BK: gl.constexpr, BV: gl.constexpr,
-            HAS_DY: gl.constexpr):  # fmt: skip
-    """What undoing step t needs, from H_{t-1} (h; a as products see it) and E; H_t; and dq_t, under way."""
-    LOW: gl.constexpr = a.dtype
-    L: gl.constexpr = a.type.layout
-    THIN: gl.constexpr = tile_layout(gl.num_warps(), 8, True)
-    g = 1.0 - gate(fs, t, L)
-    h_shared.store(a)
-    e_shared.store(e)
-    e = to_float(e)
-    z = h - e
-    s_shared.store(multiply((1.0 - z * z).to(LOW), gl.full((BK, BV), 0.0, LOW, L) + g.to(LOW)))
-    h = h - g * e
-    a = h.to(LOW)
-    dq = gl.full((BK, 8), 0.0, gl.float32, THIN)
-    if HAS_DY:
-        dq = warpgroup_mma(left_operand_of(a, THIN), dy_of, dq, use_acc=False, is_async=True)
-    return h, a, dq
-
-
-@gluon.jit
 def redo(
     first, length, block, c_first, c_last, groups_in_all, ks, vs, fs, dys, W, hs, es, ss, full, empty,
-    k_at, k_st, k_sk, v_at, v_st, v_sv, f_at, f_st, dy_at, dy_st, dy_sv, ckpt_ptr, ckpt_step, states, differences,
-    dq_at, dq_st,
+    k_at, k_st, k_sk, v_at, v_st, v_sv, f_at, f_st, dy_at, dy_st, dy_sv, ckpt_ptr, ckpt_step, scratch, dq_at, dq_st,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, HAS_DY: gl.constexpr,
 ):  # fmt: skip
-    """ckpt_ptr: this state's first checkpoint; states and differences: for
-    H and E of a chunk; dq_at: its line of time 0."""
+    """ckpt_ptr: this state's first checkpoint; scratch: for its notes; dq_at: its line of time 0."""
     LOW: gl.constexpr = W.dtype
     NW: gl.constexpr = gl.num_warps()
     L: gl.constexpr = tile_layout(NW, BV, True)
+    THIN: gl.constexpr = tile_layout(NW, 8, True)
     Q: gl.constexpr = quarter_layout(NW)
+    line = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, THIN)), 0)
     chunks = c_last - c_first
     t_last = (c_last - 1) * C
     if chunks > 0:
@@ -178,71 +151,84 @@ def redo(
         stage_gate(fs.index(1 - now), f_at, f_st, first + t0 - C, before, C)
         async_copy.commit_group()
         c_at = ckpt_ptr + (c // 2).to(gl.int64) * ckpt_step + c % 2 * (K * V)
-        n = load_state(c_at, block * BK, K, V, BK, BV)
+        n0, n1, n2, n3 = in_quarters(load_state(c_at, block * BK, K, V, BK, BV), BK, BV)
         async_copy.wait_group(1)
         finish_gate(fs.index(now), left, C)
         k_now = steps_of(ks.index(now), C, BK)
         v_now = steps_of(vs.index(now), C, BV)
         f_now = steps_of(fs.index(now), C, 1)
         groups = (gl.minimum(left, C) + 3) // 4
-        note(states, n, BK, BV)
-        h0, h1, h2, h3 = in_quarters(n.to(gl.float32), BK, BV)
+        note(scratch, n0, n1, n2, n3, BK)
+        h0 = n0.to(gl.float32)
+        h1 = n1.to(gl.float32)
+        h2 = n2.to(gl.float32)
+        h3 = n3.to(gl.float32)
         k, v = factors(k_now, v_now, 0, BK, BV)
         u = begin(h0, h1, h2, h3, outer(k, v, BK, BV, L), W, BV, LOW, L)
         k, v = factors(k_now, v_now, 1, BK, BV)
-        for g in range(0, groups):
+        for g in range(0, groups - 1):
             for m in gl.static_range(4):
                 t = g * 4 + m
                 seed = outer(k, v, BK, BV, L)
-                k, v = factors(k_now, v_now, gl.minimum(t + 2, C - 1), BK, BV)  # the last one's u is not used
-                h0, h1, h2, h3, a0, a1, a2, a3, e0, e1, e2, e3, later = step(
-                    h0, h1, h2, h3, u, seed, 1.0 - gate(f_now, t, Q), W, BK, BV
+                k, v = factors(k_now, v_now, gl.minimum(t + 2, C - 1), BK, BV)
+                h0, h1, h2, h3, n0, n1, n2, n3, _, _, _, _, _, _, _, _, later = step(
+                    h0, h1, h2, h3, u, seed, 1.0 - gate(f_now, t, Q), W, True, BK, BV
                 )
-                e = whole(e0.to(LOW), e1.to(LOW), e2.to(LOW), e3.to(LOW), BK, BV, L)
-                note(differences + t * (BK * BV), e, BK, BV)
                 u = warpgroup_mma_wait(0, [later])
-            if g < groups - 1:
-                note(states + (g + 1) * (BK * BV), whole(a0, a1, a2, a3, BK, BV, L), BK, BV)
+            note(scratch + (g + 1) * (BK * BV), n0, n1, n2, n3, BK)
         if HAS_DY:
             as_one_tile(dys, C, BV).store(columns_by_position(dy, C, BV))
             fence_async_shared()
-        last = groups - 1
-        n = noted(states + last * (BK * BV), BK, BV)
-        e0 = noted(differences + last * (4 * BK * BV), BK, BV)
-        e1 = noted(differences + (last * 4 + 1) * (BK * BV), BK, BV)
-        e2 = noted(differences + (last * 4 + 2) * (BK * BV), BK, BV)
-        e3 = noted(differences + (last * 4 + 3) * (BK * BV), BK, BV)
         for back_g in range(0, groups):
-            g = last - back_g
-            before_g = gl.maximum(g - 1, 0)
+            g = groups - 1 - back_g
             count = groups_in_all - 1 - (c - c_first) * (C // 4) - g
-            i0 = count % 2 * 4
-            i1 = i0 + 1
-            i2 = i0 + 2
-            i3 = i0 + 3
+            slot = count % 2
+            h0 = n0.to(gl.float32)
+            h1 = n1.to(gl.float32)
+            h2 = n2.to(gl.float32)
+            h3 = n3.to(gl.float32)
+            k, v = factors(k_now, v_now, g * 4, BK, BV)
+            u = begin(h0, h1, h2, h3, outer(k, v, BK, BV, L), W, BV, LOW, L)
+            k, v = factors(k_now, v_now, g * 4 + 1, BK, BV)
+            mbarrier.wait(empty.index(slot), count // 2 % 2 ^ 1)
+            a = whole(n0, n1, n2, n3, BK, BV, L)
+            hs.index(slot * 4).store(a)
+            n0, n1, n2, n3 = noted(scratch + gl.maximum(g - 1, 0) * (BK * BV), BK)
+            dq = gl.full((BK, 8), 0.0, gl.float32, THIN)
             dy_of = dys.index(g // 2).permute((1, 0))  # [BV, 8]: of this group and its neighbour
-            mbarrier.wait(empty.index(count % 2), count // 2 % 2 ^ 1)
-            h, a, dq0 = prepare(n.to(gl.float32), n, e0, f_now, g * 4, hs.index(i0), es.index(i0), ss.index(i0),
-                                dy_of, BK, BV, HAS_DY)  # fmt: skip
-            n = noted(states + before_g * (BK * BV), BK, BV)
-            e0 = noted(differences + before_g * (4 * BK * BV), BK, BV)
-            h, a, dq1 = prepare(h, a, e1, f_now, g * 4 + 1, hs.index(i1), es.index(i1), ss.index(i1),
-                                dy_of, BK, BV, HAS_DY)  # fmt: skip
-            e1 = noted(differences + (before_g * 4 + 1) * (BK * BV), BK, BV)
-            h, a, dq2 = prepare(h, a, e2, f_now, g * 4 + 2, hs.index(i2), es.index(i2), ss.index(i2),
-                                dy_of, BK, BV, HAS_DY)  # fmt: skip
-            e2 = noted(differences + (before_g * 4 + 2) * (BK * BV), BK, BV)
-            h, a, dq3 = prepare(h, a, e3, f_now, g * 4 + 3, hs.index(i3), es.index(i3), ss.index(i3),
-                                dy_of, BK, BV, HAS_DY)  # fmt: skip
-            e3 = noted(differences + (before_g * 4 + 3) * (BK * BV), BK, BV)
-            fence_async_shared()
-            mbarrier.arrive(full.index(count % 2))
+            dy_first = g % 2 * 4
+            for m in gl.static_range(4):
+                t = g * 4 + m
+                if HAS_DY and m > 0:
+                    dq_later = warpgroup_mma(left_operand_of(a, THIN), dy_of, dq, use_acc=False, is_async=True)
+                seed = outer(k, v, BK, BV, L)
+                if m < 2:
+                    k, v = factors(k_now, v_now, t + 2, BK, BV)
+                h0, h1, h2, h3, a0, a1, a2, a3, e0, e1, e2, e3, s0, s1, s2, s3, later = step(
+                    h0, h1, h2, h3, u, seed, 1.0 - gate(f_now, t, Q), W, m < 3, BK, BV
+                )
+                a = whole(a0, a1, a2, a3, BK, BV, L)
+                if m < 3:
+                    hs.index(slot * 4 + m + 1).store(a)
+                es.index(slot * 4 + m).store(whole(e0, e1, e2, e3, BK, BV, L))
+                ss.index(slot * 4 + m).store(whole(s0, s1, s2, s3, BK, BV, L))
+                if HAS_DY and m > 0:
+                    if m < 3:
+                        u, dq_m = warpgroup_mma_wait(0, [later, dq_later])
+                    else:
+                        dq_m = warpgroup_mma_wait(0, [dq_later])
+                    dq = gl.where(line == dy_first + (m - 1), dq_m, dq)
+                elif m < 3:
+                    u = warpgroup_mma_wait(0, [later])
             if HAS_DY:
-                dq0, dq1, dq2, dq3 = warpgroup_mma_wait(0, [dq0, dq1, dq2, dq3])
-                dy_first = g % 2 * 4
+                dq_later = warpgroup_mma(left_operand_of(a, THIN), dy_of, dq, use_acc=False, is_async=True)
+            fence_async_shared()
+            mbarrier.arrive(full.index(slot))
+            if HAS_DY:
+                dq_m = warpgroup_mma_wait(0, [dq_later])
+                dq = gl.where(line == dy_first + 3, dq_m, dq)
                 out = (t0 + g * 4 - dy_first).to(gl.int64) * dq_st
                 steps = gl.minimum(left - g * 4, 4) + dy_first
-                dq = pick(dq0, dq1, dq2, dq3, dy_first)
                 store_lines(dq_at + out, dq, dy_first, steps, dq_st, block * BK, K, BK)
     async_copy.wait_group(0)
 
@@ -279,6 +265,13 @@ def add_up(dW, h_shared, du_shared, k_of, BV: gl.constexpr):
     dW = warpgroup_mma(h_shared.permute((1, 0)), du_shared, dW, is_async=True)
     nothing = gl.full((BV, 8), 0.0, gl.float32, THIN)
     return dW, warpgroup_mma(du_shared.permute((1, 0)), k_of, nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def pick(x0, x1, x2, x3):
+    """Column u of xu."""
+    col = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, x0.type.layout)), 0)
+    return gl.where(col == 0, x0, gl.where(col == 1, x1, gl.where(col == 2, x2, x3)))
 
 
 @gluon.jit
@@ -391,8 +384,8 @@ def undo_all(
             0, [later, dW_later, dk0, dk1, dk2, dk3, dv0, dv1, dv2, dv3]
         )
         mbarrier.arrive(empty.index(slot))
-        dk = pick(dk0, dk1, dk2, dk3, 0)
-        dv = pick(dv0, dv1, dv2, dv3, 0)
+        dk = pick(dk0, dk1, dk2, dk3)
+        dv = pick(dv0, dv1, dv2, dv3)
         out = t.to(gl.int64)
         store_lines(dk_at + out * dk_st, dk, 0, gl.minimum(steps, 4), dk_st, block * BK, K, BK)
         gl.store(df_at + out * df_st + df_step * df_st, df, mask=df_step < steps)
@@ -474,7 +467,7 @@ def scan_backward_wide_kernel(
     )
     fence_async_shared()
     sn = s * N + n
-    states = scratch_ptr + (sn * gl.num_programs(1) + block) * ((C // 4 + C) * BK * BV)
+    scratch = scratch_ptr + (sn * gl.num_programs(1) + block) * (C // 4 * BK * BV)
     t_first = c_first * C
     groups_in_all = (gl.maximum(gl.minimum(length, c_last * C) - t_first, 0) + 3) // 4
     gl.warp_specialize(
@@ -482,8 +475,7 @@ def scan_backward_wide_kernel(
             (redo, (
                 first, length, block, c_first, c_last, groups_in_all, ks, vs, fs, dys, W, hs, es, ss, full, empty,
                 k_at, k_st, k_sk, v_at, v_st, v_sv, f_at, f_st, dy_at, dy_st, dy_sv,
-                ckpt_ptr + (slot * N + n) * (2 * K * V), N * (2 * K * V), states, states + C // 4 * BK * BV,
-                dq_at, N * K,
+                ckpt_ptr + (slot * N + n) * (2 * K * V), N * (2 * K * V), scratch, dq_at, N * K,
                 K, V, BK, BV, C, HAS_DY,
             )),
             (undo_all, (

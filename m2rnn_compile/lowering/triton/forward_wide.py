@@ -84,8 +84,8 @@ def walk(
                 t = g * U + m
                 seed = outer(k, v, BK, BV, L)
                 k, v = factors(k_now, v_now, gl.minimum(t + 2, C - 1), BK, BV)  # the last one's u is not used
-                h0, h1, h2, h3, a0, a1, a2, a3, _, _, _, _, later = step(
-                    h0, h1, h2, h3, u, seed, 1.0 - gate(f_now, t, Q), W, BK, BV
+                h0, h1, h2, h3, a0, a1, a2, a3, _, _, _, _, _, _, _, _, later = step(
+                    h0, h1, h2, h3, u, seed, 1.0 - gate(f_now, t, Q), W, True, BK, BV
                 )
                 ring.index(slot * U + m).store(whole(a0, a1, a2, a3, BK, BV, L))
                 u = warpgroup_mma_wait(0, [later])

@@ -18,6 +18,7 @@ from .tile import (
     in_order,
     in_row_order,
     left_layout,
+    multiply,
     row_layout,
     rows_by_lane_group,
     tanh_hardware,
@@ -91,66 +92,100 @@ def begin(h0, h1, h2, h3, seed, W, BV: gl.constexpr, LOW: gl.constexpr, L: gl.co
 
 @gluon.jit
 def blend(h, u, g):
-    """A quarter of H_t and of H_{t-1} - Z_t, g = 1 - f."""
-    e = h - tanh_hardware(u)
-    return h - g * e, e
+    """A quarter of (H_t, Z_t, H_{t-1} - Z_t), g = 1 - f."""
+    z = tanh_hardware(u)
+    e = h - z
+    return h - g * e, z, e
 
 
 @gluon.jit
-def step(h0, h1, h2, h3, u, seed, g, W, BK: gl.constexpr, BV: gl.constexpr):
-    """One step: quarters of H_t, of H_t as products see it and of E = H_{t-1} - Z_t; and the product of the step to
-    come, under way. g = 1 - f."""
+def slope(z, g, LOW: gl.constexpr):
+    """A quarter of S = (1 - f)(1 - Z²), g = 1 - f."""
+    return multiply((1.0 - z * z).to(LOW), gl.full(z.shape, 0.0, LOW, z.type.layout) + g.to(LOW))
+
+
+@gluon.jit
+def step(h0, h1, h2, h3, u, seed, g, W, PRODUCT: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr):
+    """One step: quarters of H_t, of H_t as products see it, of E = H_{t-1} - Z_t and of S = (1 - f)(1 - Z²); and the
+    product of the step to come, under way. g = 1 - f. PRODUCT: whether there is a step to come."""
     LOW: gl.constexpr = W.dtype
     L: gl.constexpr = u.type.layout
     W0, W1, W2, W3 = quarters_of_W(W, BV)
     u0, u1, u2, u3 = in_quarters(u, BK, BV)
-    h0, e0 = blend(h0, u0, g)
+    h0, z, e = blend(h0, u0, g)
     a0 = h0.to(LOW)
-    later = warpgroup_mma(operand(a0, LOW, L), W0, seed, is_async=True)
-    h1, e1 = blend(h1, u1, g)
+    if PRODUCT:
+        seed = warpgroup_mma(operand(a0, LOW, L), W0, seed, is_async=True)
+    e0 = e.to(LOW)
+    s0 = slope(z, g, LOW)
+    h1, z, e = blend(h1, u1, g)
     a1 = h1.to(LOW)
-    later = warpgroup_mma(operand(a1, LOW, L), W1, later, is_async=True)
-    h2, e2 = blend(h2, u2, g)
+    if PRODUCT:
+        seed = warpgroup_mma(operand(a1, LOW, L), W1, seed, is_async=True)
+    e1 = e.to(LOW)
+    s1 = slope(z, g, LOW)
+    h2, z, e = blend(h2, u2, g)
     a2 = h2.to(LOW)
-    later = warpgroup_mma(operand(a2, LOW, L), W2, later, is_async=True)
-    h3, e3 = blend(h3, u3, g)
+    if PRODUCT:
+        seed = warpgroup_mma(operand(a2, LOW, L), W2, seed, is_async=True)
+    e2 = e.to(LOW)
+    s2 = slope(z, g, LOW)
+    h3, z, e = blend(h3, u3, g)
     a3 = h3.to(LOW)
-    later = warpgroup_mma(operand(a3, LOW, L), W3, later, is_async=True)
-    return h0, h1, h2, h3, a0, a1, a2, a3, e0, e1, e2, e3, later
+    if PRODUCT:
+        seed = warpgroup_mma(operand(a3, LOW, L), W3, seed, is_async=True)
+    e3 = e.to(LOW)
+    s3 = slope(z, g, LOW)
+    return h0, h1, h2, h3, a0, a1, a2, a3, e0, e1, e2, e3, s0, s1, s2, s3, seed
 
 
 @gluon.constexpr_function
 def vectors_layout(NW):
-    """[4, 32 NW, 8]: four times 16 bytes of a thread, in 16-bit elements."""
-    registers = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [1, 0, 0], [2, 0, 0]]
-    lanes = [[0, 2**i, 0] for i in range(5)]
-    warps = [[0, 32 * 2**i, 0] for i in range(NW.bit_length() - 1)]
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [4, 32 * NW, 8])
+    """[32 NW, 8]: 16 bytes of a thread, in 16-bit elements."""
+    return gl.BlockedLayout([1, 8], [32, 1], [NW, 1], [1, 0])
 
 
 @gluon.jit
-def _vector_offsets(NW: gl.constexpr):
-    X: gl.constexpr = vectors_layout(NW)
-    quarter = gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(2, X)))
-    thread = gl.arange(0, 32 * NW, gl.SliceLayout(0, gl.SliceLayout(2, X)))
-    element = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, X)))
-    quarter = gl.expand_dims(gl.expand_dims(quarter, 1), 2) * (256 * NW)
-    return quarter + gl.expand_dims(gl.expand_dims(thread, 0), 2) * 8 + gl.expand_dims(gl.expand_dims(element, 0), 1)
-
-
-@gluon.jit
-def note(at, x, BK: gl.constexpr, BV: gl.constexpr):
-    """Write the state-shaped 16-bit x for the same threads to read back, 16 bytes at a time."""
+def _vector(x):
+    """A quarter as what each thread holds of it, a vector of 8."""
     NW: gl.constexpr = gl.num_warps()
-    x = x.reshape((NW, 2, 8, 4, 2, 4, 2)).permute((3, 0, 2, 5, 1, 4, 6)).reshape((4, 32 * NW, 8))
-    gl.store(at + _vector_offsets(NW), gl.convert_layout(x, vectors_layout(NW), assert_trivial=True))
+    x = x.reshape((NW, 2, 8, 2, 4, 2)).permute((0, 2, 4, 1, 3, 5)).reshape((32 * NW, 8))
+    return gl.convert_layout(x, vectors_layout(NW), assert_trivial=True)
 
 
 @gluon.jit
-def noted(at, BK: gl.constexpr, BV: gl.constexpr):
+def _quarter(x, BK: gl.constexpr, Q: gl.constexpr):
     NW: gl.constexpr = gl.num_warps()
-    x = gl.load(at + _vector_offsets(NW)).reshape((4, NW, 8, 4, 2, 2, 2)).permute((1, 4, 2, 0, 5, 3, 6))
-    return gl.convert_layout(x.reshape((BK, BV)), tile_layout(NW, BV, True), assert_trivial=True)
+    x = x.reshape((NW, 8, 4, 2, 2, 2)).permute((0, 3, 1, 4, 2, 5)).reshape((BK, 16))
+    return gl.convert_layout(x, Q, assert_trivial=True)
+
+
+@gluon.jit
+def _lane_vectors(NW: gl.constexpr):
+    L: gl.constexpr = vectors_layout(NW)
+    thread = gl.expand_dims(gl.arange(0, 32 * NW, gl.SliceLayout(1, L)), 1)
+    return thread * 8 + gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, L)), 0)
+
+
+@gluon.jit
+def note(at, h0, h1, h2, h3, BK: gl.constexpr):
+    """Write 16-bit quarters of [64, 16] for the same threads to read back, 16 bytes each."""
+    offset = _lane_vectors(gl.num_warps())
+    gl.store(at + offset, _vector(h0))
+    gl.store(at + BK * 16 + offset, _vector(h1))
+    gl.store(at + BK * 32 + offset, _vector(h2))
+    gl.store(at + BK * 48 + offset, _vector(h3))
+
+
+@gluon.jit
+def noted(at, BK: gl.constexpr):
+    NW: gl.constexpr = gl.num_warps()
+    Q: gl.constexpr = quarter_layout(NW)
+    offset = _lane_vectors(NW)
+    return (
+        _quarter(gl.load(at + offset), BK, Q), _quarter(gl.load(at + BK * 16 + offset), BK, Q),
+        _quarter(gl.load(at + BK * 32 + offset), BK, Q), _quarter(gl.load(at + BK * 48 + offset), BK, Q),
+    )  # fmt: skip
 
 
 @gluon.constexpr_function

@@ -38,6 +38,14 @@ CASES: dict[str, dict[str, Any]] = {
     "packed": dict(B=1, T=300, N=6, K=64, V=16, dtype=BF16, seqlens=[65, 0, 100, 1, 134], initial_state=True),
     "packed, empty at both ends": dict(B=1, T=130, N=6, K=64, V=16, dtype=BF16, seqlens=[0, 130, 0]),
     "packed, square state": dict(B=1, T=130, N=4, K=64, V=64, dtype=BF16, seqlens=[66, 64], state_grad_clip=1.0),
+    "square state, fp16": dict(B=1, T=130, N=4, K=64, V=64, dtype=FP16, initial_state=True),
+    "square state, its own heads": dict(B=2, T=70, N=8, K=32, V=64, Nq=4, Nk=2, Nv=8, Nf=1, Nw=2, dtype=BF16),
+    "square state, clip that bites": dict(B=2, T=150, N=4, K=64, V=64, dtype=BF16, state_grad_clip=0.1),
+    "square state, ragged": dict(
+        B=1, T=300, N=4, K=64, V=64, dtype=BF16, seqlens=[65, 0, 100, 1, 134], initial_state=True
+    ),
+    "V 48": dict(B=2, T=100, N=4, K=64, V=48, dtype=BF16, initial_state=True),
+    "K 160, V 64": dict(B=1, T=100, N=4, K=160, V=64, dtype=BF16, initial_state=True),
 }
 
 
@@ -47,9 +55,10 @@ def test_values_and_gradients(case: str) -> None:
     assert_accurate(run(x, impl="triton"), oracle(x, impl="eager"), run_low_precision(x))
 
 
+@pytest.mark.parametrize("V", [16, 64])
 @pytest.mark.parametrize("T", [0, 1, 2, 3, 4, 5, 63, 64, 65, 127, 129])
-def test_lengths_around_chunks_and_groups(T: int) -> None:
-    x = inputs(2, T, 4, 64, 16, dtype=BF16, seed=T, initial_state=True)
+def test_lengths_around_chunks_and_groups(T: int, V: int) -> None:
+    x = inputs(2, T, 4, 64, V, dtype=BF16, seed=T, initial_state=True)
     assert_accurate(run(x, impl="triton"), oracle(x, impl="eager"), run_low_precision(x))
 
 
@@ -80,15 +89,16 @@ def scan_and_backward(x: ScanInputs, **options: Any) -> tuple[Tensor, ...]:
     return lowering.scan_backward(x.dy, x.dfinal_state, *a, checkpoints, c, 64, **options)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP32])
-def test_windows_of_time_do_not_change_a_bit(dtype: torch.dtype) -> None:
-    x = inputs(2, 300, 4, 64, 16, dtype=dtype, initial_state=True)
+@pytest.mark.parametrize(("dtype", "V"), [(BF16, 16), (FP32, 16), (BF16, 64)])
+def test_windows_of_time_do_not_change_a_bit(dtype: torch.dtype, V: int) -> None:
+    x = inputs(2, 300, 4, 64, V, dtype=dtype, initial_state=True)
     whole, parts = scan_and_backward(x, window_bytes=2**40), scan_and_backward(x, window_bytes=1)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
-def test_the_portable_backward_reads_what_the_gluon_forward_left() -> None:
-    x = inputs(2, 150, 4, 64, 16, dtype=BF16, initial_state=True)
+@pytest.mark.parametrize("V", [16, 64])
+def test_the_portable_backward_reads_what_the_gluon_forward_left(V: int) -> None:
+    x = inputs(2, 150, 4, 64, V, dtype=BF16, initial_state=True)
     names = ("dq", "dk", "dv", "df", "dW", "dinitial_state")
     truth, eager = ({n: r[n] for n in names} for r in (oracle(x, impl="eager"), run_low_precision(x)))
     assert_accurate(dict(zip(names, scan_and_backward(x, gluon=False), strict=True)), truth, eager)
@@ -106,8 +116,9 @@ def test_fifty_runs_give_the_same_bits_with_a_busy_second_stream(case: str) -> N
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_cuda_graph_replays_with_new_inputs() -> None:
-    x, new = inputs(2, 70, 4, 64, 16, dtype=BF16, seed=1), inputs(2, 70, 4, 64, 16, dtype=BF16, seed=2)
+@pytest.mark.parametrize("V", [16, 64])
+def test_cuda_graph_replays_with_new_inputs(V: int) -> None:
+    x, new = inputs(2, 70, 4, 64, V, dtype=BF16, seed=1), inputs(2, 70, 4, 64, V, dtype=BF16, seed=2)
     static = [getattr(x, n).clone().requires_grad_() for n in ("q", "k", "v", "f", "W")]
 
     def step() -> tuple[Tensor, ...]:
@@ -179,8 +190,9 @@ def test_strided_inputs_equal_dense_ones() -> None:
     y.sum().backward()  # dy of stride 0
 
 
-def test_nan_in_one_sequence_stays_there() -> None:
-    x = inputs(2, 70, 4, 64, 16, dtype=BF16)
+@pytest.mark.parametrize("V", [16, 64])
+def test_nan_in_one_sequence_stays_there(V: int) -> None:
+    x = inputs(2, 70, 4, 64, V, dtype=BF16)
     clean = run(x, impl="triton")
     x.k[1, 10] = float("nan")
     dirty = run(x, impl="triton")

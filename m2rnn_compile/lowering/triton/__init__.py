@@ -21,6 +21,7 @@ from .gluon import (
     backward_wide_kernel,
     clip_mode,
     forward_gluon_kernel,
+    forward_wide_kernel,
     gluon_unsupported,
     strides,
     warpgroups,
@@ -101,7 +102,8 @@ def scan(
     numerics = _numerics(v, hardware_tanh)
     if gluon is None:
         gluon = numerics["HARDWARE"] and gluon_unsupported(v, K, chunk) is None
-    config = config or forward_config(S * N, K, BV, _multiprocessors(q.device), bool(gluon))
+    wide = gluon and warpgroups(v.device, BV)
+    config = config or forward_config(S * N, K, BV, _multiprocessors(q.device), bool(gluon), wide)
     blocks = triton.cdiv(K, config.rows)
 
     y = v.new_empty(B, T, N, V) if add_partials or blocks == 1 or S * N == 0 else v.new_empty(0)
@@ -129,7 +131,8 @@ def scan(
     )  # fmt: skip
     with _on_device(q):
         if gluon:
-            forward_gluon_kernel()[(S * N, blocks)](
+            kernel = forward_wide_kernel() if wide else forward_gluon_kernel()
+            kernel[(S * N, blocks)](
                 *arguments, **constants, C=GLUON_CHUNK, num_warps=min(config.warps, config.rows // 16)
             )
         else:
@@ -222,6 +225,7 @@ def scan_backward(
     }
     if not gluon:
         scratch = v.new_empty(S * N * blocks, triton.cdiv(chunk, 4), config.rows, BV, dtype=torch.float32)
+    notes = [v.new_empty(S * N * blocks * (chunk // 4), config.rows * BV)] if wide else []  # states every four steps
     if dy is None:
         dq.zero_()
     with _on_device(q):
@@ -245,7 +249,7 @@ def scan_backward(
             )  # fmt: skip
             inputs = (
                 q, k, v, f, W_, dy if dy is not None else q, cu_seqlens if cu_seqlens is not None else W_,
-                checkpoints, carry, dW_part,
+                checkpoints, *notes, carry, dW_part,
             )  # fmt: skip
             if gluon:
                 kernel = backward_wide_kernel() if wide else backward_gluon_kernel()

@@ -21,12 +21,17 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def forward_config(scans: int, K: int, BV: int, multiprocessors: int, gluon: bool = False) -> LaunchConfig:
+def forward_config(
+    scans: int, K: int, BV: int, multiprocessors: int, gluon: bool = False, wide: bool = False
+) -> LaunchConfig:
     """`scans` = sequences × heads. Few scans: split K further, so that every scheduler has a warp.
 
     A Gluon program may have several warps, of 16 rows at least, and adds up their parts of y itself. Two of 16 rows
     cost 5 % of time at long T beside two programs of one, and halve what the partial sums of y take of the memory.
+    wide: the kernel of two warpgroups, which takes 64 rows.
     """
+    if wide:
+        return LaunchConfig(64, 4)
     few = scans < 2 * multiprocessors
     if BV <= 32:
         rows = min(16 if few and not gluon else 32, max(16, next_power_of_2(K)))
@@ -41,7 +46,7 @@ def backward_config(scans: int, K: int, BV: int, multiprocessors: int, wide: boo
     """Backward holds dW (BV × BV) in registers beside the state, so wide V spreads over more warps.
 
     168 registers let three warps of 32 rows live on a scheduler; what spills is outside the loops over steps.
-    wide: the kernel of one warpgroup, which takes 64 rows.
+    wide: the kernel of two warpgroups, which takes 64 rows.
     """
     if wide:
         return LaunchConfig(64, 4)

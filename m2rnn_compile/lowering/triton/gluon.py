@@ -16,7 +16,7 @@ from torch import Tensor
 @functools.lru_cache(None)
 def _import_error() -> str | None:
     try:
-        from . import backward_gluon, backward_wide, forward_gluon  # noqa: F401
+        from . import backward_gluon, backward_wide, forward_gluon, forward_wide  # noqa: F401
     except (ImportError, AttributeError) as e:
         return f"this Triton has no usable Gluon: {e}"
     return None
@@ -46,7 +46,7 @@ def gluon_unsupported(v: Tensor, K: int, chunk: int) -> str | None:
 
 
 def warpgroups(device: torch.device, BV: int) -> bool:
-    """Whether backward takes Hopper's products of four warps: at V = 64 the registers of one do not hold dW."""
+    """Whether kernels of two warpgroups run: at V = 64 on Hopper, where one state fills a multiprocessor."""
     return BV == 64 and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
@@ -86,3 +86,9 @@ def backward_wide_kernel() -> Any:
     from .backward_wide import scan_backward_wide_kernel
 
     return scan_backward_wide_kernel
+
+
+def forward_wide_kernel() -> Any:
+    from .forward_wide import scan_forward_wide_kernel
+
+    return scan_forward_wide_kernel

@@ -30,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "V 32": dict(B=2, T=100, N=4, K=64, V=32, dtype=BF16),
     "V 128": dict(B=1, T=70, N=2, K=64, V=128, dtype=BF16),
     "V 20, K 50": dict(B=2, T=70, N=4, K=50, V=20, dtype=BF16, initial_state=True),
+    "more scans than programs": dict(B=5, T=100, N=132, K=64, V=16, dtype=BF16, state_grad_clip=1.0),
     "K 200": dict(B=1, T=70, N=2, K=200, V=16, dtype=BF16),
     "K 3, V 1": dict(B=2, T=30, N=2, K=3, V=1, dtype=BF16),
     "every input its own heads": dict(B=2, T=70, N=8, K=32, V=16, Nq=4, Nk=2, Nv=8, Nf=1, Nw=2, dtype=BF16),
@@ -64,6 +65,7 @@ def test_lengths_around_chunks_and_groups(T: int, V: int) -> None:
 
 CONFIGS = [  # rows, warps, registers; and V
     ((16, 1, None), 16), ((32, 1, None), 16), ((32, 1, 168), 16), ((64, 1, None), 16),
+    ((32, 2, None), 16), ((64, 2, None), 16), ((64, 4, None), 16),
     ((16, 1, None), 32), ((32, 1, None), 32), ((64, 4, None), 64),
 ]  # fmt: skip
 
@@ -94,6 +96,25 @@ def test_windows_of_time_do_not_change_a_bit(dtype: torch.dtype, V: int) -> None
     x = inputs(2, 300, 4, 64, V, dtype=dtype, initial_state=True)
     whole, parts = scan_and_backward(x, window_bytes=2**40), scan_and_backward(x, window_bytes=1)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+@pytest.mark.parametrize("programs", [1, 3, 7, 8, 13])
+@pytest.mark.parametrize("T", [31, 250])
+def test_scans_shared_out_among_programs_give_the_bits_of_undivided_ones(
+    programs: int, T: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """13 scans or more to each number of programs: scans begin in one program and are finished by another."""
+    from m2rnn_compile.lowering import triton as lowering
+
+    x = inputs(2, T, 7, 64, 16, dtype=BF16, initial_state=True, state_grad_clip=0.5)
+
+    def everything(programs: int | None) -> tuple[Tensor, ...]:
+        monkeypatch.setattr(lowering, "shared_programs", lambda *_: programs)
+        a = (x.q, x.k, x.v, x.f, x.W, x.initial_state, None)
+        return (*lowering.scan(*a, 0.5, 0)[:2], *scan_and_backward(x), *scan_and_backward(x, window_bytes=1))
+
+    for shared, undivided in zip(everything(programs), everything(None), strict=True):
+        assert torch.equal(shared, undivided)
 
 
 @pytest.mark.parametrize("V", [16, 64])

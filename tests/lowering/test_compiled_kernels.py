@@ -44,7 +44,7 @@ BACKWARD = dict(HAS_DY=True, CLIP=1)
 LOW = {"q", "k", "v", "W", "dy"}
 GLUON_LOW = LOW | {"ckpt", "scratch", "dq", "dk", "dv"}
 STRIDE_ONE = {"q_sk", "k_sk", "v_sv", "dy_sv", "f_sn"}
-UNALIGNED = {"T", "NC", "f_st", "f_sb", "chunk_first", "chunk_last", "window"}
+UNALIGNED = {"T", "NC", "f_st", "f_sb", "chunk_first", "chunk_last", "window", "scans", "units"}
 
 
 class Resources(NamedTuple):
@@ -77,7 +77,7 @@ def compile_kernel(
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             low = name[:-4] in (GLUON_LOW if gluon else LOW)
-            signature[name] = "*i32" if name == "cu_ptr" else "*bf16" if low else "*fp32"
+            signature[name] = "*i32" if name in ("cu_ptr", "flags_ptr") else "*bf16" if low else "*fp32"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name == "clip" else "i32"
@@ -126,11 +126,13 @@ def gluon_kernels(capability: int) -> dict[str, Resources]:
     forward, backward = forward_gluon_kernel(), backward_gluon_kernel()
     A32, D32 = dict(A, C=32), dict(D, C=32)
     plans = {
-        "forward A": (forward, dict(A32, BK=32, **FORWARD), 1, None),
-        "forward C": (forward, dict(A32, BK=32, **FORWARD), 2, None),
-        "forward D": (forward, dict(D32, BK=64, **FORWARD), 4, None),
-        "backward A": (backward, dict(A32, BK=32, **BACKWARD), 1, 168),
-        "backward C": (backward, dict(A32, BK=16, **BACKWARD), 1, None),
+        "forward A": (forward, dict(A32, BK=64, **FORWARD, SHARED=True), 2, None),
+        "forward B": (forward, dict(A32, BK=64, **FORWARD, SHARED=False), 2, None),
+        "forward C": (forward, dict(A32, BK=32, **FORWARD, SHARED=False), 2, None),
+        "forward D": (forward, dict(D32, BK=64, **FORWARD, SHARED=False), 4, None),
+        "backward A": (backward, dict(A32, BK=32, **BACKWARD, SHARED=True), 1, None),
+        "backward B": (backward, dict(A32, BK=32, **BACKWARD, SHARED=False), 1, None),
+        "backward C": (backward, dict(A32, BK=16, **BACKWARD, SHARED=False), 1, None),
     }
     if capability == 90:
         plans["forward D"] = (forward_wide_kernel(), dict(D32, BK=64, **FORWARD), 4, None)
@@ -161,11 +163,13 @@ backward         | registers <= 255 | stack <= 128 | shared <= 4096
 
     def test_gluon_sm80(self) -> None:
         self.check(gluon_kernels(80), """\
-forward A        | registers <= 144 | stack <= 128 | shared <= 15360
+forward A        | registers <= 255 | stack <= 128 | shared <= 27648
+forward B        | registers <= 136 | stack <= 128 | shared <= 27648
 forward C        | registers <= 104 | stack <= 128 | shared <= 19456
 forward D        | registers <= 255 | stack <= 256 | shared <= 91136
-backward A       | registers <= 176 | stack <= 384 | shared <= 18432
-backward C       | registers <= 248 | stack <= 128 | shared <= 10240
+backward A       | registers <= 255 | stack <= 128 | shared <= 26624
+backward B       | registers <= 255 | stack <= 128 | shared <= 26624
+backward C       | registers <= 255 | stack <= 128 | shared <= 11264
 """)
 
     def test_portable_sm90(self) -> None:
@@ -176,11 +180,13 @@ backward         | registers <= 255 | stack <= 128 | shared <= 4096
 
     def test_gluon_sm90(self) -> None:
         self.check(gluon_kernels(90), """\
-forward A        | registers <= 144 | stack <= 128 | shared <= 15360
+forward A        | registers <= 255 | stack <= 128 | shared <= 27648
+forward B        | registers <= 152 | stack <= 128 | shared <= 27648
 forward C        | registers <= 104 | stack <= 128 | shared <= 19456
 forward D        | registers <= 255 | stack <= 128 | shared <= 160768
-backward A       | registers <= 176 | stack <= 384 | shared <= 18432
-backward C       | registers <= 224 | stack <= 128 | shared <= 10240
+backward A       | registers <= 255 | stack <= 256 | shared <= 26624
+backward B       | registers <= 255 | stack <= 128 | shared <= 26624
+backward C       | registers <= 255 | stack <= 128 | shared <= 11264
 backward D       | registers <= 255 | stack <= 256 | shared <= 232448
 """)
 
@@ -192,11 +198,13 @@ backward         | registers <= 224 | stack <= 128 | shared <= 4096
 
     def test_gluon_sm100(self) -> None:
         self.check(gluon_kernels(100), """\
-forward A        | registers <= 136 | stack <= 128 | shared <= 15360
-forward C        | registers <= 80 | stack <= 128 | shared <= 19456
+forward A        | registers <= 176 | stack <= 128 | shared <= 27648
+forward B        | registers <= 144 | stack <= 128 | shared <= 27648
+forward C        | registers <= 112 | stack <= 128 | shared <= 19456
 forward D        | registers <= 255 | stack <= 128 | shared <= 91136
-backward A       | registers <= 176 | stack <= 384 | shared <= 18432
-backward C       | registers <= 232 | stack <= 128 | shared <= 10240
+backward A       | registers <= 255 | stack <= 128 | shared <= 26624
+backward B       | registers <= 255 | stack <= 128 | shared <= 26624
+backward C       | registers <= 248 | stack <= 128 | shared <= 11264
 """)
 
 

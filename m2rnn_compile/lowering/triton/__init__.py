@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...ops.validation import new_checkpoints
 from .backward import scan_backward_kernel
-from .config import LaunchConfig, backward_config, forward_config, next_power_of_2
+from .config import LaunchConfig, backward_config, forward_config, next_power_of_2, shared_programs
 from .forward import scan_forward_kernel
 from .gluon import (
     aligned,
@@ -55,6 +55,11 @@ def unsupported(
 
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _shared_programs(v: Tensor, scans: int, warps: int, BV: int) -> int | None:
+    hopper = v.device.type == "cuda" and torch.cuda.get_device_capability(v.device)[0] == 9
+    return shared_programs(scans, warps, BV, _multiprocessors(v.device), hopper)
 
 
 def _on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -130,11 +135,16 @@ def scan(
         PACKED=packed, HAS_H0=h0 is not None, SAVE=chunk > 0,
     )  # fmt: skip
     with _on_device(q):
-        if gluon:
-            kernel = forward_wide_kernel() if wide else forward_gluon_kernel()
-            kernel[(S * N, blocks)](
-                *arguments, **constants, C=GLUON_CHUNK, num_warps=min(config.warps, config.rows // 16)
-            )
+        if gluon and wide:
+            forward_wide_kernel()[(S * N, blocks)](*arguments, **constants, C=GLUON_CHUNK, num_warps=config.warps)
+        elif gluon:
+            warps = min(config.warps, config.rows // 16)
+            programs = None if packed else _shared_programs(v, S * N * blocks, warps, BV)
+            flags = v.new_zeros(S * N * blocks, dtype=torch.int32) if programs else W
+            forward_gluon_kernel()[(programs or S * N * blocks,)](
+                *arguments, flags, S * N * blocks, triton.cdiv(T, GLUON_CHUNK), **constants, C=GLUON_CHUNK,
+                SHARED=programs is not None, num_warps=warps, maxnreg=config.registers,
+            )  # fmt: skip
         else:
             scan_forward_kernel[(S * N, blocks)](
                 *arguments, **constants, C=max(chunk, 1), **numerics, num_warps=config.warps
@@ -251,11 +261,15 @@ def scan_backward(
                 q, k, v, f, W_, dy if dy is not None else q, cu_seqlens if cu_seqlens is not None else W_,
                 checkpoints, *notes, carry, dW_part,
             )  # fmt: skip
-            if gluon:
-                kernel = backward_wide_kernel() if wide else backward_gluon_kernel()
-                kernel[(S * N, blocks)](
-                    *inputs, *arguments, **constants, num_warps=4 if wide else 1, maxnreg=config.registers
-                )
+            if gluon and wide:
+                backward_wide_kernel()[(S * N, blocks)](*inputs, *arguments, **constants, num_warps=4)
+            elif gluon:
+                programs = None if packed else _shared_programs(v, S * N * blocks, 1, BV)
+                flags = v.new_zeros(S * N * blocks, dtype=torch.int32) if programs else W_
+                backward_gluon_kernel()[(programs or S * N * blocks,)](
+                    *inputs, *arguments, flags, S * N * blocks, last - first, **constants,
+                    SHARED=programs is not None, num_warps=1, maxnreg=config.registers,
+                )  # fmt: skip
             else:
                 scan_backward_kernel[(S * N, blocks)](
                     *inputs, scratch, *arguments, **constants, SLOTS=2 if paired else 1, **numerics,

@@ -22,23 +22,24 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from .outer import (
     add_outer,
-    in_blocks,
     held_by_all,
+    in_blocks,
     load_columns,
-    load_W,
     load_right,
     load_rows,
+    load_W,
     only_column_at,
     only_step_at,
     outer,
     pick,
     store_steps,
 )
+from .shares import hand_over, share, wait_for
 from .tile import (
-    _powers,
     LINE,
     LINES,
     ROW_MAJOR,
+    _powers,
     advance,
     clamp,
     finish_gate,
@@ -51,6 +52,7 @@ from .tile import (
     sum_own,
     tile_in_shared,
     tile_layout,
+    to_float,
     turned,
 )  # fmt: skip
 
@@ -80,9 +82,16 @@ def own_layout(BK, BV, NW):
     return gl.DistributedLinearLayout(registers, lanes, [[0, *b, 0] for b in _powers(32, NW)], [], [quads, 32 * NW, 4])
 
 
+@gluon.constexpr_function
+def spread_layout():
+    """[32, 4], four partial sums of every thread, so that a thread adds four of one step."""
+    lanes = [[0, 1], [0, 2], [4, 0], [8, 0], [16, 0]]
+    return gl.DistributedLinearLayout([[1, 0], [2, 0]], lanes, [], [], [32, 4])
+
+
 @gluon.jit
 def redo(h, h_low, k8, v8, f8, dy_right, e_shared, first, u: gl.constexpr, W, dq, BK: gl.constexpr, BV: gl.constexpr,
-         HAS_DY: gl.constexpr):  # fmt: skip
+         HAS_DY: gl.constexpr, E_SHARED: gl.constexpr):  # fmt: skip
     """One step forwards: the new state, what backward needs of it, and dq with its column filled in."""
     LOW: gl.constexpr = h_low.dtype
     L: gl.constexpr = h.type.layout
@@ -93,13 +102,15 @@ def redo(h, h_low, k8, v8, f8, dy_right, e_shared, first, u: gl.constexpr, W, dq
     h_low = h.to(LOW)
     if HAS_DY:
         dq = mma_v2(left_operand(h_low), only_column_at(dy_right, first + u, BV), dq)
-    e_shared.index(u).store(by_thread(e, BK, BV))
-    return h, h_low, s, dq
+    if E_SHARED:
+        e_shared.index(u).store(by_thread(e, BK, BV))
+    return h, h_low, e.to(LOW), s, dq
 
 
 @gluon.jit
-def undo(carry, h_before, e_shared, s, q8, f8, dy8, v_right, k_right, first, u: gl.constexpr, Wt, dk, dv, dWt, clip,
-         BK: gl.constexpr, BV: gl.constexpr, CLIP: gl.constexpr, HAS_DY: gl.constexpr):  # fmt: skip
+def undo(carry, h_before, e, e_shared, s, q8, f8, dy8, v_right, k_right, first, u: gl.constexpr, Wt, dk, dv, dWt, clip,
+         BK: gl.constexpr, BV: gl.constexpr, CLIP: gl.constexpr, HAS_DY: gl.constexpr, E_SHARED: gl.constexpr,
+         ):  # fmt: skip
     """One step backwards from H_{t-1} in shared memory; also each thread's part of df, in fp32.
 
     The step's columns of dk [BK, 8] and of dv [BV, 8] are filled in.
@@ -114,14 +125,18 @@ def undo(carry, h_before, e_shared, s, q8, f8, dy8, v_right, k_right, first, u: 
     du = multiply(d.to(LOW), s)
     carry = mma_v2(left_operand(du), Wt, pick(f8, u) * d)
     dk = mma_v2(left_operand(du), only_column_at(v_right, first + u, BV), dk)
-    df = sum_own(d * load_tile(e_shared.index(u), BK, BV, L), BK, BV)
+    if E_SHARED:
+        e_wide = load_tile(e_shared.index(u), BK, BV, L)
+    else:
+        e_wide = to_float(e)
+    df = sum_own(d * e_wide, BK, BV)
     du_t = gl.convert_layout(turned(du, BK, BV).permute((1, 0)), left_layout(L), assert_trivial=True)
     dv = mma_v2(du_t, only_column_at(k_right, first + u, BK), dv)
     dWt = mma_v2(du_t, h_before.load(right_layout(L)), dWt)
     return carry, df, dk, dv, dWt
 
 
-@gluon.jit(do_not_specialize=["T", "NC", "chunk_first", "chunk_last", "window", "f_sb", "df_skb"])
+@gluon.jit(do_not_specialize=["T", "NC", "chunk_first", "chunk_last", "window", "f_sb", "df_skb", "scans", "units"])
 def scan_backward_gluon_kernel(
     q_ptr, k_ptr, v_ptr, f_ptr, W_ptr, dy_ptr, cu_ptr, ckpt_ptr,
     carry_ptr, dW_ptr, dq_ptr, dk_ptr, dv_ptr, df_ptr,
@@ -129,52 +144,24 @@ def scan_backward_gluon_kernel(
     q_sb, q_st, q_sn, q_sk, k_sb, k_st, k_sn, k_sk, v_sb, v_st, v_sn, v_sv, f_sb, f_st, f_sn,
     dy_sb, dy_st, dy_sn, dy_sv,
     dv_skb, df_skb,  # elements between the partial sums of two blocks of rows
+    flags_ptr, scans, units,  # if scans are shared out: see `shares.py`; a unit is a chunk, the window's last first
     N: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
     Gq: gl.constexpr, Gk: gl.constexpr, Gv: gl.constexpr, Gf: gl.constexpr, Gw: gl.constexpr,
     BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr,
-    PACKED: gl.constexpr, HAS_DY: gl.constexpr, CLIP: gl.constexpr,
+    PACKED: gl.constexpr, HAS_DY: gl.constexpr, CLIP: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
     LOW: gl.constexpr = v_ptr.dtype.element_ty
     L: gl.constexpr = tile_layout(1, BV, False)
-    block = gl.program_id(1)
-    s = (gl.program_id(0) // N).to(gl.int64)
-    n = (gl.program_id(0) % N).to(gl.int64)
-    if PACKED:
-        first = gl.load(cu_ptr + s).to(gl.int64)
-        last = gl.load(cu_ptr + s + 1).to(gl.int64)
-        first = gl.minimum(gl.maximum(first, 0), T)
-        last = gl.minimum(gl.maximum(last, first), T)
-        length = (last - first).to(gl.int32)
-        b = s * 0
-        slot = first // (2 * C) + s
-        c_last = (length + C - 1) // C
-        c_first = 0
-        origin = first  # partials of the only window start at time 0
-    else:
-        first = s * 0
-        length = T
-        b = s
-        slot = s * NC
-        c_first = chunk_first
-        c_last = chunk_last
-        origin = first - chunk_first * C
-    q_at = q_ptr + b * q_sb + (n // Gq) * q_sn
-    k_at = k_ptr + b * k_sb + (n // Gk) * k_sn
-    v_at = v_ptr + b * v_sb + (n // Gv) * v_sn
-    f_at = f_ptr + b * f_sb + (n // Gf) * f_sn
-    dy_at = dy_ptr + b * dy_sb + n * dy_sn
-    part = (b * window + origin) * N + n  # [B, window, N, ...]: the partials of every head
-    dq_at = dq_ptr + part * K
-    dk_at = dk_ptr + part * K
-    dv_at = dv_ptr + block.to(gl.int64) * dv_skb + part * V
-    df_at = df_ptr + block.to(gl.int64) * df_skb + part
+    # E of a group in fp32 in shared memory, as registers are short with 32 rows, or in 16 bits in registers.
+    E_SHARED: gl.constexpr = BK >= 32
+    BLOCKS: gl.constexpr = (K + BK - 1) // BK
 
     staged_k = gl.allocate_shared_memory(LOW, [C, BK], ROW_MAJOR)
     staged_q = gl.allocate_shared_memory(LOW, [C, BK], ROW_MAJOR)
     staged_v = gl.allocate_shared_memory(LOW, [C, BV], ROW_MAJOR)
     staged_dy = gl.allocate_shared_memory(LOW, [C, BV], ROW_MAJOR)
     staged_f = gl.allocate_shared_memory(gl.float32, [C], LINE)
-    e_shared = gl.allocate_shared_memory(gl.float32, [4, BK * BV // 128, 32, 4], LINES)
+    e_shared = gl.allocate_shared_memory(gl.float32, [4 if E_SHARED else 1, BK * BV // 128, 32, 4], LINES)
     noted = gl.allocate_shared_memory(LOW, [C // 4, BK, BV], tile_in_shared(BV))
     h1_shared = gl.allocate_shared_memory(LOW, [BK, BV], tile_in_shared(BV))
     h2_shared = gl.allocate_shared_memory(LOW, [BK, BV], tile_in_shared(BV))
@@ -186,99 +173,166 @@ def scan_backward_gluon_kernel(
     fs = in_blocks(staged_f, C, 4, 1)
     GATES: gl.constexpr = held_by_all(4, 1)
 
-    i = gl.expand_dims(gl.arange(0, BK, gl.SliceLayout(1, L)), 1) + block * BK
+    i = gl.expand_dims(gl.arange(0, BK, gl.SliceLayout(1, L)), 1)
     j = gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(0, L)), 0)
     state = i * V + j
-    in_state = (i < K) & (j < V)
-    sn = s * N + n
-    carry_at = carry_ptr + sn * (K * V) + state
-    carry = gl.load(carry_at, mask=in_state, other=0.0)
-    W = load_W(W_ptr + (n // Gw) * (V * V), V, BV, False, right_layout(L)).to(LOW)
-    Wt = load_W(W_ptr + (n // Gw) * (V * V), V, BV, True, right_layout(L)).to(LOW)
     wi = gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(1, L)), 1)
     in_W = (wi < V) & (j < V)
-    dWt_at = dW_ptr + (sn * gl.num_programs(1) + block) * (V * V) + j * V + wi
-    dWt = gl.load(dWt_at, mask=in_W, other=0.0)
 
-    SPREAD: gl.constexpr = gl.DistributedLinearLayout([[1, 0], [2, 0]], [[0, 1], [0, 2], [4, 0], [8, 0], [16, 0]], [], [], [32, 4])
+    SPREAD: gl.constexpr = spread_layout()
     df_step = gl.arange(0, 4, gl.SliceLayout(0, SPREAD))
-    for back in range(0, c_last - c_first):
-        c = c_last - 1 - back
-        t0 = c * C
-        left = length - t0
-        stage_rows(staged_k, k_at, k_st, k_sk, first + t0, left, block * BK, K, C, BK)
-        stage_rows(staged_v, v_at, v_st, v_sv, first + t0, left, 0, V, C, BV)
-        stage_gate(staged_f, f_at, f_st, first + t0, left, C)
-        async_copy.commit_group()
-        if HAS_DY:
-            stage_rows(staged_q, q_at, q_st, q_sk, first + t0, left, block * BK, K, C, BK)
-            stage_rows(staged_dy, dy_at, dy_st, dy_sv, first + t0, left, 0, V, C, BV)
-            async_copy.commit_group()
-        ckpt_at = ckpt_ptr + ((slot + c // 2) * N + n) * (2 * K * V) + c % 2 * (K * V)
-        h_low = gl.load(ckpt_at + state, mask=in_state, other=0.0)
-        if HAS_DY:
-            async_copy.wait_group(1)
+
+    piece_first = gl.program_id(0).to(gl.int64)
+    piece_last = piece_first + 1
+    if SHARED:
+        piece_first, piece_last = share(piece_first, gl.num_programs(0), scans.to(gl.int64) * units)
+    else:
+        units = 1
+    scan_last = (piece_last - 1) // units
+    for back_scan in range(0, (scan_last - piece_first // units + 1).to(gl.int32)):
+        scan = scan_last - back_scan
+        unit_first = (gl.maximum(piece_first, scan * units) - scan * units).to(gl.int32)
+        unit_last = (gl.minimum(piece_last, (scan + 1) * units) - scan * units).to(gl.int32)
+        block = (scan % BLOCKS).to(gl.int32)
+        s = scan // BLOCKS // N
+        n = scan // BLOCKS % N
+        if PACKED:
+            first = gl.load(cu_ptr + s).to(gl.int64)
+            last = gl.load(cu_ptr + s + 1).to(gl.int64)
+            first = gl.minimum(gl.maximum(first, 0), T)
+            last = gl.minimum(gl.maximum(last, first), T)
+            length = (last - first).to(gl.int32)
+            b = s * 0
+            slot = first // (2 * C) + s
+            c_last = (length + C - 1) // C
+            c_first = 0
+            origin = first  # partials of the only window start at time 0
         else:
-            async_copy.wait_group(0)
-        finish_gate(staged_f, left, C)
-        groups = (gl.minimum(left, C) + 3) // 4
-        h = h_low.to(gl.float32)
-        noted.index(0).store(h_low)
-        for g in range(0, groups - 1):
-            k8 = load_rows(ks.index(g // 2), L)
-            v8 = load_columns(vs.index(g // 2), BV)
-            f4 = fs.index(g).load(GATES)
-            for u in gl.static_range(4):
-                seed = outer(k8, only_step_at(v8, g % 2 * 4, u, BV), BK, BV, L)
-                h, _, _ = advance(h, h.to(LOW), seed, pick(f4, u), W)
-            noted.index(g + 1).store(h.to(LOW))
-        async_copy.wait_group(0)
-        for back_8 in range(0, (groups + 1) // 2):
-            o = (groups + 1) // 2 - 1 - back_8
-            dq = gl.full((BK, 8), 0.0, gl.float32, L)
-            dk = gl.full((BK, 8), 0.0, gl.float32, L)
-            dv = gl.full((BV, 8), 0.0, gl.float32, L)
-            steps = left - o * 8
-            out = ((t0 + o * 8).to(gl.int64)) * N
-            for back_g in range(0, gl.minimum(groups - 2 * o, 2)):
-                g = gl.minimum(groups - 1, 2 * o + 1) - back_g
-                u0 = g % 2 * 4
-                f4 = fs.index(g).load(GATES)
-                k8 = load_rows(ks.index(o), L)
-                v8 = load_columns(vs.index(o), BV)
-                dy_right = v8
-                if HAS_DY:
-                    dy_right = load_right(dys.index(o), L)
-                h0 = gl.convert_layout(noted.index(g).load(left_layout(L)), L, assert_trivial=True)
-                h = h0.to(gl.float32)
-                h, h1, s0, dq = redo(h, h0, k8, v8, f4, dy_right, e_shared, u0, 0, W, dq, BK, BV, HAS_DY)
-                h1_shared.store(h1)
-                h, h2, s1, dq = redo(h, h1, k8, v8, f4, dy_right, e_shared, u0, 1, W, dq, BK, BV, HAS_DY)
-                h2_shared.store(h2)
-                h, h3, s2, dq = redo(h, h2, k8, v8, f4, dy_right, e_shared, u0, 2, W, dq, BK, BV, HAS_DY)
-                h3_shared.store(h3)
-                h, _, s3, dq = redo(h, h3, k8, v8, f4, dy_right, e_shared, u0, 3, W, dq, BK, BV, HAS_DY)
-                q8 = k8
-                dy8 = v8
-                if HAS_DY:
-                    q8 = load_rows(qs.index(o), L)
-                    dy8 = load_columns(dys.index(o), BV)
-                v_right = load_right(vs.index(o), L)
-                k_right = load_right(ks.index(o), L)
-                carry, df3, dk, dv, dWt = undo(carry, h3_shared, e_shared, s3, q8, f4, dy8, v_right, k_right, u0, 3,
-                                               Wt, dk, dv, dWt, clip, BK, BV, CLIP, HAS_DY)  # fmt: skip
-                carry, df2, dk, dv, dWt = undo(carry, h2_shared, e_shared, s2, q8, f4, dy8, v_right, k_right, u0, 2,
-                                               Wt, dk, dv, dWt, clip, BK, BV, CLIP, HAS_DY)  # fmt: skip
-                carry, df1, dk, dv, dWt = undo(carry, h1_shared, e_shared, s1, q8, f4, dy8, v_right, k_right, u0, 1,
-                                               Wt, dk, dv, dWt, clip, BK, BV, CLIP, HAS_DY)  # fmt: skip
-                carry, df0, dk, dv, dWt = undo(carry, noted.index(g), e_shared, s0, q8, f4, dy8, v_right, k_right, u0, 0,
-                                               Wt, dk, dv, dWt, clip, BK, BV, CLIP, HAS_DY)  # fmt: skip
-                df = gl.join(gl.join(df0, df2), gl.join(df1, df3)).reshape((32, 4))  # join's last axis is the fastest
-                df = gl.sum(gl.convert_layout(df, SPREAD), 0)
-                gl.store(df_at + (t0 + g * 4).to(gl.int64) * N + df_step * N, df, mask=df_step < left - g * 4)
+            first = s * 0
+            length = T
+            b = s
+            slot = s * NC
+            c_first = chunk_first
+            c_last = chunk_last
+            origin = first - chunk_first * C
+        q_at = q_ptr + b * q_sb + (n // Gq) * q_sn
+        k_at = k_ptr + b * k_sb + (n // Gk) * k_sn
+        v_at = v_ptr + b * v_sb + (n // Gv) * v_sn
+        f_at = f_ptr + b * f_sb + (n // Gf) * f_sn
+        dy_at = dy_ptr + b * dy_sb + n * dy_sn
+        part = (b * window + origin) * N + n  # [B, window, N, ...]: the partials of every head
+        dq_at = dq_ptr + part * K
+        dk_at = dk_ptr + part * K
+        dv_at = dv_ptr + block.to(gl.int64) * dv_skb + part * V
+        df_at = df_ptr + block.to(gl.int64) * df_skb + part
+
+        sn = s * N + n
+        own = state + block * (BK * V)
+        in_state = (i + block * BK < K) & (j < V)
+        carry_at = carry_ptr + sn * (K * V) + own
+        if SHARED:
+            c_first = gl.maximum(chunk_first, chunk_last - unit_last)
+            c_last = chunk_last - unit_first
+            if unit_first > 0:
+                wait_for(flags_ptr + scan)
+        carry = gl.load(carry_at, mask=in_state, other=0.0)
+        W = load_W(W_ptr + (n // Gw) * (V * V), V, BV, False, right_layout(L)).to(LOW)
+        Wt = load_W(W_ptr + (n // Gw) * (V * V), V, BV, True, right_layout(L)).to(LOW)
+        dWt_at = dW_ptr + (sn * BLOCKS + block) * (V * V) + j * V + wi
+        dWt = gl.load(dWt_at, mask=in_W, other=0.0)
+
+        for back in range(0, c_last - c_first):
+            c = c_last - 1 - back
+            t0 = c * C
+            left = length - t0
+            stage_rows(staged_k, k_at, k_st, k_sk, first + t0, left, block * BK, K, C, BK)
+            stage_rows(staged_v, v_at, v_st, v_sv, first + t0, left, 0, V, C, BV)
+            stage_gate(staged_f, f_at, f_st, first + t0, left, C)
+            async_copy.commit_group()
             if HAS_DY:
-                store_steps(dq_at + out * K, dq, steps, N * K, block * BK, K, BK)
-            store_steps(dk_at + out * K, dk, steps, N * K, block * BK, K, BK)
-            store_steps(dv_at + out * V, dv, steps, N * V, 0, V, BV)
-    gl.store(carry_at, carry, mask=in_state)
-    gl.store(dWt_at, dWt, mask=in_W)
+                stage_rows(staged_q, q_at, q_st, q_sk, first + t0, left, block * BK, K, C, BK)
+                stage_rows(staged_dy, dy_at, dy_st, dy_sv, first + t0, left, 0, V, C, BV)
+                async_copy.commit_group()
+            ckpt_at = ckpt_ptr + ((slot + c // 2) * N + n) * (2 * K * V) + c % 2 * (K * V)
+            h_low = gl.load(ckpt_at + own, mask=in_state, other=0.0)
+            if HAS_DY:
+                async_copy.wait_group(1)
+            else:
+                async_copy.wait_group(0)
+            finish_gate(staged_f, left, C)
+            groups = (gl.minimum(left, C) + 3) // 4
+            h = h_low.to(gl.float32)
+            noted.index(0).store(h_low)
+            for g in range(0, groups - 1):
+                k8 = load_rows(ks.index(g // 2), L)
+                v8 = load_columns(vs.index(g // 2), BV)
+                f4 = fs.index(g).load(GATES)
+                for u in gl.static_range(4):
+                    seed = outer(k8, only_step_at(v8, g % 2 * 4, u, BV), BK, BV, L)
+                    h, _, _ = advance(h, h.to(LOW), seed, pick(f4, u), W)
+                noted.index(g + 1).store(h.to(LOW))
+            async_copy.wait_group(0)
+            for back_8 in range(0, (groups + 1) // 2):
+                o = (groups + 1) // 2 - 1 - back_8
+                dq = gl.full((BK, 8), 0.0, gl.float32, L)
+                dk = gl.full((BK, 8), 0.0, gl.float32, L)
+                dv = gl.full((BV, 8), 0.0, gl.float32, L)
+                steps = left - o * 8
+                out = ((t0 + o * 8).to(gl.int64)) * N
+                for back_g in range(0, gl.minimum(groups - 2 * o, 2)):
+                    g = gl.minimum(groups - 1, 2 * o + 1) - back_g
+                    u0 = g % 2 * 4
+                    f4 = fs.index(g).load(GATES)
+                    k8 = load_rows(ks.index(o), L)
+                    v8 = load_columns(vs.index(o), BV)
+                    dy_right = v8
+                    if HAS_DY:
+                        dy_right = load_right(dys.index(o), L)
+                    h0 = gl.convert_layout(noted.index(g).load(left_layout(L)), L, assert_trivial=True)
+                    h = h0.to(gl.float32)
+                    h, h1, e0, s0, dq = redo(h, h0, k8, v8, f4, dy_right, e_shared, u0, 0, W, dq,
+                                         BK, BV, HAS_DY, E_SHARED)  # fmt: skip
+                    h1_shared.store(h1)
+                    h, h2, e1, s1, dq = redo(h, h1, k8, v8, f4, dy_right, e_shared, u0, 1, W, dq,
+                                         BK, BV, HAS_DY, E_SHARED)  # fmt: skip
+                    h2_shared.store(h2)
+                    h, h3, e2, s2, dq = redo(h, h2, k8, v8, f4, dy_right, e_shared, u0, 2, W, dq,
+                                         BK, BV, HAS_DY, E_SHARED)  # fmt: skip
+                    h3_shared.store(h3)
+                    h, _, e3, s3, dq = redo(h, h3, k8, v8, f4, dy_right, e_shared, u0, 3, W, dq,
+                                         BK, BV, HAS_DY, E_SHARED)  # fmt: skip
+                    q8 = k8
+                    dy8 = v8
+                    if HAS_DY:
+                        q8 = load_rows(qs.index(o), L)
+                        dy8 = load_columns(dys.index(o), BV)
+                    v_right = load_right(vs.index(o), L)
+                    k_right = load_right(ks.index(o), L)
+                    carry, df3, dk, dv, dWt = undo(
+                        carry, h3_shared, e3, e_shared, s3, q8, f4, dy8, v_right, k_right, u0, 3, Wt, dk, dv, dWt, clip,
+                        BK, BV, CLIP, HAS_DY, E_SHARED,
+                    )  # fmt: skip
+                    carry, df2, dk, dv, dWt = undo(
+                        carry, h2_shared, e2, e_shared, s2, q8, f4, dy8, v_right, k_right, u0, 2, Wt, dk, dv, dWt, clip,
+                        BK, BV, CLIP, HAS_DY, E_SHARED,
+                    )  # fmt: skip
+                    carry, df1, dk, dv, dWt = undo(
+                        carry, h1_shared, e1, e_shared, s1, q8, f4, dy8, v_right, k_right, u0, 1, Wt, dk, dv, dWt, clip,
+                        BK, BV, CLIP, HAS_DY, E_SHARED,
+                    )  # fmt: skip
+                    carry, df0, dk, dv, dWt = undo(
+                        carry, noted.index(g), e0, e_shared, s0, q8, f4, dy8, v_right, k_right, u0, 0, Wt, dk, dv, dWt, clip,
+                        BK, BV, CLIP, HAS_DY, E_SHARED,
+                    )  # fmt: skip
+                    df = gl.join(gl.join(df0, df2), gl.join(df1, df3))  # the last axis of join is the fastest
+                    df = gl.sum(gl.convert_layout(df.reshape((32, 4)), SPREAD), 0)
+                    gl.store(df_at + (t0 + g * 4).to(gl.int64) * N + df_step * N, df, mask=df_step < left - g * 4)
+                if HAS_DY:
+                    store_steps(dq_at + out * K, dq, steps, N * K, block * BK, K, BK)
+                store_steps(dk_at + out * K, dk, steps, N * K, block * BK, K, BK)
+                store_steps(dv_at + out * V, dv, steps, N * V, 0, V, BV)
+        gl.store(carry_at, carry, mask=in_state)
+        gl.store(dWt_at, dWt, mask=in_W)
+        if SHARED:
+            if unit_last < units:
+                hand_over(flags_ptr + scan)

@@ -26,26 +26,37 @@ def forward_config(
 ) -> LaunchConfig:
     """`scans` = sequences × heads. Few scans: split K further, so that every scheduler has a warp.
 
-    A Gluon program may have several warps, of 16 rows at least, and adds up their parts of y itself. Two of 16 rows
-    cost 5 % of time at long T beside two programs of one, and halve what the partial sums of y take of the memory.
+    A Gluon program may have several warps and adds up their parts of y itself, so that no partial sums of y are needed:
+    two of 32 rows, which is best where there are scans enough, or, with few, two of 16 rows, which cost 5 % of time at
+    long T beside two programs of one, and halve what the partial sums of y take of the memory.
     wide: the kernel of two warpgroups, which takes 64 rows.
     """
     if wide:
         return LaunchConfig(64, 4)
     few = scans < 2 * multiprocessors
     if BV <= 32:
-        rows = min(16 if few and not gluon else 32, max(16, next_power_of_2(K)))
-        return LaunchConfig(rows, rows // 16 if few else 1)
+        most = (32 if few else 64) if gluon else (16 if few else 32)
+        rows = min(most, max(16, next_power_of_2(K)))
+        return LaunchConfig(rows, max(1, rows // (16 if few else 32)))
     if BV <= 64 and gluon:
         rows = min(64, max(16, next_power_of_2(K)))
         return LaunchConfig(rows, rows // 16)
     return LaunchConfig(16, 1 if BV <= 64 else 4)
 
 
+def shared_programs(scans: int, warps: int, BV: int, multiprocessors: int, hopper: bool) -> int | None:
+    """How many programs share all scans out among them (`shares.py`), or None for a program to each scan.
+
+    `scans` = sequences × heads × blocks of rows. Two warps of up to 255 registers live on a scheduler; with more scans
+    than that, some schedulers would walk three while others walk two. Measured at V = 16 on an H200.
+    """
+    programs = 8 * multiprocessors // warps
+    return programs if hopper and BV == 16 and scans > programs else None
+
+
 def backward_config(scans: int, K: int, BV: int, multiprocessors: int, wide: bool = False) -> LaunchConfig:
     """Backward holds dW (BV × BV) in registers beside the state, so wide V spreads over more warps.
 
-    168 registers let three warps of 32 rows live on a scheduler; what spills is outside the loops over steps.
     wide: the kernel of two warpgroups, which takes 64 rows.
     """
     if wide:
@@ -53,5 +64,5 @@ def backward_config(scans: int, K: int, BV: int, multiprocessors: int, wide: boo
     if BV <= 16:
         rows = 32 if scans >= 2 * multiprocessors else 16
         rows = min(rows, max(16, next_power_of_2(K)))
-        return LaunchConfig(rows, 1, 168 if rows == 32 else None)
+        return LaunchConfig(rows, 1)
     return LaunchConfig(16, {32: 1, 64: 4}.get(BV, 8))

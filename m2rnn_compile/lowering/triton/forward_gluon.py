@@ -20,6 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from .outer import held_by_all, in_blocks, load_columns, load_rows, load_W, only_step, outer, pick, rows_of_step
+from .shares import hand_over, share, wait_for
 from .tile import (
     LINE,
     LINES,
@@ -94,16 +95,17 @@ def parts_of(x, BK: gl.constexpr, PARTS: gl.constexpr, L: gl.constexpr):
         return x, x
 
 
-@gluon.jit(do_not_specialize=["T", "NC", "f_sb"])
+@gluon.jit(do_not_specialize=["T", "NC", "f_sb", "scans", "units"])
 def scan_forward_gluon_kernel(
     q_ptr, k_ptr, v_ptr, f_ptr, W_ptr, h0_ptr, cu_ptr, y_ptr, final_ptr, ckpt_ptr,
     T, NC,
     q_sb, q_st, q_sn, q_sk, k_sb, k_st, k_sn, k_sk, v_sb, v_st, v_sn, v_sv, f_sb, f_st, f_sn,
     y_skb,  # elements between the partial sums of two blocks of rows
+    flags_ptr, scans, units,  # if scans are shared out: see `shares.py`; a unit is C steps
     N: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
     Gq: gl.constexpr, Gk: gl.constexpr, Gv: gl.constexpr, Gf: gl.constexpr, Gw: gl.constexpr,
     BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr,
-    PACKED: gl.constexpr, HAS_H0: gl.constexpr, SAVE: gl.constexpr,
+    PACKED: gl.constexpr, HAS_H0: gl.constexpr, SAVE: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
     LOW: gl.constexpr = v_ptr.dtype.element_ty
     NW: gl.constexpr = gl.num_warps()
@@ -112,26 +114,7 @@ def scan_forward_gluon_kernel(
     PARTS: gl.constexpr = 2 if BK >= 32 * NW else 1
     BH: gl.constexpr = BK // PARTS
 
-    block = gl.program_id(1)
-    s = (gl.program_id(0) // N).to(gl.int64)
-    n = (gl.program_id(0) % N).to(gl.int64)
-    if PACKED:
-        first = gl.load(cu_ptr + s).to(gl.int64)
-        last = gl.load(cu_ptr + s + 1).to(gl.int64)
-        first = gl.minimum(gl.maximum(first, 0), T)
-        last = gl.minimum(gl.maximum(last, first), T)
-        length = (last - first).to(gl.int32)
-        b = s * 0
-        slot = first // (2 * C) + s
-    else:
-        first = s * 0
-        length = T
-        b = s
-        slot = s * NC
-    q_at = q_ptr + b * q_sb + (n // Gq) * q_sn
-    k_at = k_ptr + b * k_sb + (n // Gk) * k_sn
-    v_at = v_ptr + b * v_sb + (n // Gv) * v_sn
-    f_at = f_ptr + b * f_sb + (n // Gf) * f_sn
+    BLOCKS: gl.constexpr = (K + BK - 1) // BK
 
     ks = gl.allocate_shared_memory(LOW, [4, S, BK], ROW_MAJOR)
     qs = gl.allocate_shared_memory(LOW, [4, S, BK], ROW_MAJOR)
@@ -144,20 +127,11 @@ def scan_forward_gluon_kernel(
     first_half = gl.allocate_shared_memory(gl.float32, [4, 8 * NW, BV], LINES)
     second_half = gl.allocate_shared_memory(gl.float32, [4, 8 * NW, BV], LINES)
 
-    i = gl.expand_dims(gl.arange(0, BH, gl.SliceLayout(1, L)), 1) + block * BK
+    GATES: gl.constexpr = held_by_all(8, NW)
+
+    i = gl.expand_dims(gl.arange(0, BH, gl.SliceLayout(1, L)), 1)
     j = gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(0, L)), 0)
     state = i * V + j
-    in_a = (i < K) & (j < V)
-    in_b = (i + BH < K) & (j < V)
-    sn = s * N + n
-    h0_at = h0_ptr + sn * (K * V) + state
-    ha = gl.full((BH, BV), 0.0, gl.float32, L)
-    if HAS_H0:
-        ha = gl.load(h0_at, mask=in_a, other=0.0)
-    hb = ha
-    if HAS_H0 and PARTS == 2:
-        hb = gl.load(h0_at + BH * V, mask=in_b, other=0.0)
-    W = load_W(W_ptr + (n // Gw) * (V * V), V, BV, False, right_layout(L)).to(LOW)
 
     Y8: gl.constexpr = lines_layout(BV, NW)
     Y: gl.constexpr = gl.SliceLayout(1, Y8)
@@ -165,78 +139,141 @@ def scan_forward_gluon_kernel(
     y_line = gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(0, Y)), 0)
     y_col = y_line % (BV // 4) // 2 * 8 + y_line // (BV // 4) * 2 + y_line % 2
     y_offset = y_step * (N * V) + y_col
-    # The four steps before the first are none: y is stored four steps late.
-    y_at = y_ptr + block.to(gl.int64) * y_skb + ((b * T + first - 4) * N + n) * V
 
-    stages = (length + S - 1) // S
-    for c in gl.static_range(3):
-        t_next = first + c * S
-        stage_rows(ks.index(c), k_at, k_st, k_sk, t_next, length - c * S, block * BK, K, S, BK)
-        stage_rows(qs.index(c), q_at, q_st, q_sk, t_next, length - c * S, block * BK, K, S, BK)
-        stage_rows(vs.index(c), v_at, v_st, v_sv, t_next, length - c * S, 0, V, S, BV)
-        stage_gate(fs.index(c), f_at, f_st, t_next, length - c * S, S)
-        async_copy.commit_group()
-    async_copy.wait_group(2)
-    finish_gate(fs.index(0), length, S)
-    GATES: gl.constexpr = held_by_all(8, NW)
-    ka, kb = parts_of(load_rows(k_ring.index(0), L), BK, PARTS, L)
-    qa, qb = parts_of(load_rows(q_ring.index(0), L), BK, PARTS, L)
-    v8 = load_columns(v_ring.index(0), BV)
-    f8 = f_ring.index(0).load(GATES)
-    pa = begin(ha, ka, v8, 0, W, BH, BV)
-    second_half.store(gl.full((4, 8 * NW, BV), 0.0, gl.float32, Y8))
-    for c in range(0, stages):
-        left = length - c * S
-        later = (c + 3) % 4
-        t_next = first + (c + 3) * S
-        stage_rows(ks.index(later), k_at, k_st, k_sk, t_next, left - 3 * S, block * BK, K, S, BK)
-        stage_rows(qs.index(later), q_at, q_st, q_sk, t_next, left - 3 * S, block * BK, K, S, BK)
-        stage_rows(vs.index(later), v_at, v_st, v_sv, t_next, left - 3 * S, 0, V, S, BV)
-        stage_gate(fs.index(later), f_at, f_st, t_next, left - 3 * S, S)
-        async_copy.commit_group()
-        async_copy.wait_group(2)
-        finish_gate(fs.index((c + 1) % 4), left - S, S)
-        if SAVE:
-            if c % (C // S) == 0:
-                at = ckpt_ptr + ((slot + c * S // (2 * C)) * N + n) * (2 * K * V) + c * S // C % 2 * (K * V) + state
-                gl.store(at, ha.to(LOW), mask=in_a)
+    piece_first = gl.program_id(0).to(gl.int64)
+    piece_last = piece_first + 1
+    if SHARED:
+        piece_first, piece_last = share(piece_first, gl.num_programs(0), scans.to(gl.int64) * units)
+    else:
+        units = 1
+    scan_last = (piece_last - 1) // units
+    for back in range(0, (scan_last - piece_first // units + 1).to(gl.int32)):
+        scan = scan_last - back
+        unit_first = (gl.maximum(piece_first, scan * units) - scan * units).to(gl.int32)
+        unit_last = (gl.minimum(piece_last, (scan + 1) * units) - scan * units).to(gl.int32)
+        block = (scan % BLOCKS).to(gl.int32)
+        s = scan // BLOCKS // N
+        n = scan // BLOCKS % N
+        if PACKED:
+            first = gl.load(cu_ptr + s).to(gl.int64)
+            last = gl.load(cu_ptr + s + 1).to(gl.int64)
+            first = gl.minimum(gl.maximum(first, 0), T)
+            last = gl.minimum(gl.maximum(last, first), T)
+            length = (last - first).to(gl.int32)
+            b = s * 0
+            slot = first // (2 * C) + s
+        else:
+            first = s * 0
+            length = T
+            b = s
+            slot = s * NC
+        q_at = q_ptr + b * q_sb + (n // Gq) * q_sn
+        k_at = k_ptr + b * k_sb + (n // Gk) * k_sn
+        v_at = v_ptr + b * v_sb + (n // Gv) * v_sn
+        f_at = f_ptr + b * f_sb + (n // Gf) * f_sn
+
+        sn = s * N + n
+        own = state + block * (BK * V)
+        in_a = (i + block * BK < K) & (j < V)
+        in_b = (i + block * BK + BH < K) & (j < V)
+        final_at = final_ptr + sn * (K * V) + own
+        ha = gl.full((BH, BV), 0.0, gl.float32, L)
+        hb = ha
+        if HAS_H0:
+            h0_at = h0_ptr + sn * (K * V) + own
+            ha = gl.load(h0_at, mask=in_a, other=0.0)
+            hb = ha
+            if PARTS == 2:
+                hb = gl.load(h0_at + BH * V, mask=in_b, other=0.0)
+        c_first = 0
+        stages = (length + S - 1) // S
+        c_last = stages
+        if SHARED:
+            c_first = unit_first * (C // S)
+            c_last = gl.minimum(stages, unit_last * (C // S))
+            if unit_first > 0:
+                wait_for(flags_ptr + scan)
+                ha = gl.load(final_at, mask=in_a, other=0.0)
                 if PARTS == 2:
-                    gl.store(at + BH * V, hb.to(LOW), mask=in_b)
-        for g in range(0, S // 8):
-            t = g * 8
-            y = second_half.load(Y8)
-            ha, hb, pa, p0 = step(ha, hb, pa, ka, kb, ka, v8, v8, qa, qb, f8, 0, W, BH, BV, PARTS)
-            ha, hb, pa, p1 = step(ha, hb, pa, ka, kb, ka, v8, v8, qa, qb, f8, 1, W, BH, BV, PARTS)
-            y = gl.sum(y, 1).to(y_ptr.dtype.element_ty)
-            gl.store(y_at + y_offset, y, mask=(y_step < left - t + 4) & (y_col < V) & (c * S + t > 0))
-            ha, hb, pa, p2 = step(ha, hb, pa, ka, kb, ka, v8, v8, qa, qb, f8, 2, W, BH, BV, PARTS)
-            ha, hb, pa, p3 = step(ha, hb, pa, ka, kb, ka, v8, v8, qa, qb, f8, 3, W, BH, BV, PARTS)
-            first_half.store(in_lines(p0, p1, p2, p3, BV))
-            y = first_half.load(Y8)
-            ahead = (c * (S // 8) + g + 1) % (4 * S // 8)
-            ka_next, kb_next = parts_of(load_rows(k_ring.index(ahead), L), BK, PARTS, L)
-            qa_next, qb_next = parts_of(load_rows(q_ring.index(ahead), L), BK, PARTS, L)
-            v_next = load_columns(v_ring.index(ahead), BV)
-            f_next = f_ring.index(ahead).load(GATES)
-            y_at += 4 * N * V
-            ha, hb, pa, p0 = step(ha, hb, pa, ka, kb, ka, v8, v8, qa, qb, f8, 4, W, BH, BV, PARTS)
-            ha, hb, pa, p1 = step(ha, hb, pa, ka, kb, ka, v8, v8, qa, qb, f8, 5, W, BH, BV, PARTS)
-            y = gl.sum(y, 1).to(y_ptr.dtype.element_ty)
-            gl.store(y_at + y_offset, y, mask=(y_step < left - t) & (y_col < V))
-            ha, hb, pa, p2 = step(ha, hb, pa, ka, kb, ka, v8, v8, qa, qb, f8, 6, W, BH, BV, PARTS)
-            ha, hb, pa, p3 = step(ha, hb, pa, ka, kb, ka_next, v8, v_next, qa, qb, f8, 7, W, BH, BV, PARTS)
-            second_half.store(in_lines(p0, p1, p2, p3, BV))
-            y_at += 4 * N * V
-            ka = ka_next
-            kb = kb_next
-            qa = qa_next
-            qb = qb_next
-            v8 = v_next
-            f8 = f_next
-    y = gl.sum(second_half.load(Y8), 1).to(y_ptr.dtype.element_ty)
-    # Without a step there is nothing to store: the mask is then empty, as `length` is 0 and so is `stages`.
-    gl.store(y_at + y_offset, y, mask=(y_step + 4 < length - (stages - 1) * S - (S - 8)) & (y_col < V) & (length > 0))
-    final_at = final_ptr + sn * (K * V) + state
-    gl.store(final_at, ha, mask=in_a)
-    if PARTS == 2:
-        gl.store(final_at + BH * V, hb, mask=in_b)
+                    hb = gl.load(final_at + BH * V, mask=in_b, other=0.0)
+                else:
+                    hb = ha
+        W = load_W(W_ptr + (n // Gw) * (V * V), V, BV, False, right_layout(L)).to(LOW)
+
+        # The four steps before the first are none: y is stored four steps late.
+        y_at = y_ptr + block.to(gl.int64) * y_skb + ((b * T + first + c_first * S - 4) * N + n) * V
+
+        for c3 in gl.static_range(3):
+            near = c_first + c3
+            t_next = first + near * S
+            stage_rows(ks.index(near % 4), k_at, k_st, k_sk, t_next, length - near * S, block * BK, K, S, BK)
+            stage_rows(qs.index(near % 4), q_at, q_st, q_sk, t_next, length - near * S, block * BK, K, S, BK)
+            stage_rows(vs.index(near % 4), v_at, v_st, v_sv, t_next, length - near * S, 0, V, S, BV)
+            stage_gate(fs.index(near % 4), f_at, f_st, t_next, length - near * S, S)
+            async_copy.commit_group()
+        async_copy.wait_group(2)
+        finish_gate(fs.index(c_first % 4), length - c_first * S, S)
+        g_first = c_first * (S // 8) % (4 * S // 8)
+        ka, kb = parts_of(load_rows(k_ring.index(g_first), L), BK, PARTS, L)
+        qa, qb = parts_of(load_rows(q_ring.index(g_first), L), BK, PARTS, L)
+        v8 = load_columns(v_ring.index(g_first), BV)
+        f8 = f_ring.index(g_first).load(GATES)
+        pa = begin(ha, ka, v8, 0, W, BH, BV)
+        second_half.store(gl.full((4, 8 * NW, BV), 0.0, gl.float32, Y8))
+        for c in range(c_first, c_last):
+            left = length - c * S
+            later = (c + 3) % 4
+            t_next = first + (c + 3) * S
+            stage_rows(ks.index(later), k_at, k_st, k_sk, t_next, left - 3 * S, block * BK, K, S, BK)
+            stage_rows(qs.index(later), q_at, q_st, q_sk, t_next, left - 3 * S, block * BK, K, S, BK)
+            stage_rows(vs.index(later), v_at, v_st, v_sv, t_next, left - 3 * S, 0, V, S, BV)
+            stage_gate(fs.index(later), f_at, f_st, t_next, left - 3 * S, S)
+            async_copy.commit_group()
+            async_copy.wait_group(2)
+            finish_gate(fs.index((c + 1) % 4), left - S, S)
+            if SAVE:
+                if c % (C // S) == 0:
+                    at = ckpt_ptr + ((slot + c * S // (2 * C)) * N + n) * (2 * K * V) + c * S // C % 2 * (K * V) + own
+                    gl.store(at, ha.to(LOW), mask=in_a)
+                    if PARTS == 2:
+                        gl.store(at + BH * V, hb.to(LOW), mask=in_b)
+            for g in range(0, S // 8):
+                t = g * 8
+                y = second_half.load(Y8)
+                ha, hb, pa, p0 = step(ha, hb, pa, ka, kb, ka, v8, v8, qa, qb, f8, 0, W, BH, BV, PARTS)
+                ha, hb, pa, p1 = step(ha, hb, pa, ka, kb, ka, v8, v8, qa, qb, f8, 1, W, BH, BV, PARTS)
+                y = gl.sum(y, 1).to(y_ptr.dtype.element_ty)
+                gl.store(y_at + y_offset, y, mask=(y_step < left - t + 4) & (y_col < V) & (c * S + t > c_first * S))
+                ha, hb, pa, p2 = step(ha, hb, pa, ka, kb, ka, v8, v8, qa, qb, f8, 2, W, BH, BV, PARTS)
+                ha, hb, pa, p3 = step(ha, hb, pa, ka, kb, ka, v8, v8, qa, qb, f8, 3, W, BH, BV, PARTS)
+                first_half.store(in_lines(p0, p1, p2, p3, BV))
+                y = first_half.load(Y8)
+                ahead = (c * (S // 8) + g + 1) % (4 * S // 8)
+                ka_next, kb_next = parts_of(load_rows(k_ring.index(ahead), L), BK, PARTS, L)
+                qa_next, qb_next = parts_of(load_rows(q_ring.index(ahead), L), BK, PARTS, L)
+                v_next = load_columns(v_ring.index(ahead), BV)
+                f_next = f_ring.index(ahead).load(GATES)
+                y_at += 4 * N * V
+                ha, hb, pa, p0 = step(ha, hb, pa, ka, kb, ka, v8, v8, qa, qb, f8, 4, W, BH, BV, PARTS)
+                ha, hb, pa, p1 = step(ha, hb, pa, ka, kb, ka, v8, v8, qa, qb, f8, 5, W, BH, BV, PARTS)
+                y = gl.sum(y, 1).to(y_ptr.dtype.element_ty)
+                gl.store(y_at + y_offset, y, mask=(y_step < left - t) & (y_col < V))
+                ha, hb, pa, p2 = step(ha, hb, pa, ka, kb, ka, v8, v8, qa, qb, f8, 6, W, BH, BV, PARTS)
+                ha, hb, pa, p3 = step(ha, hb, pa, ka, kb, ka_next, v8, v_next, qa, qb, f8, 7, W, BH, BV, PARTS)
+                second_half.store(in_lines(p0, p1, p2, p3, BV))
+                y_at += 4 * N * V
+                ka = ka_next
+                kb = kb_next
+                qa = qa_next
+                qb = qb_next
+                v8 = v_next
+                f8 = f_next
+        async_copy.wait_group(0)
+        y = gl.sum(second_half.load(Y8), 1).to(y_ptr.dtype.element_ty)
+        gl.store(y_at + y_offset, y, mask=(y_step < length - (c_last * S - 4)) & (y_col < V) & (c_last > c_first))
+        gl.store(final_at, ha, mask=in_a)
+        if PARTS == 2:
+            gl.store(final_at + BH * V, hb, mask=in_b)
+        if SHARED:
+            if unit_last < units:
+                hand_over(flags_ptr + scan)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Outer products x_t y_tᵀ of rows and columns as tensor-core products, in Gluon. Shared by forward and backward.
 
-k_t v_tᵀ is a product over one index; mma.m16n8k8 contracts eight. So the inputs of eight steps are loaded as operands at
-once (ldmatrix, no conversions), X [rows, 8 steps] and Y [8 steps, columns], and for step u all of Y but its line u is
-masked away. That is one instruction where multiplying in fp32 takes four, and six to convert the factors.
+k_t v_tᵀ is a product over one index; mma.m16n8k8 contracts eight. So the inputs of eight steps are loaded as operands
+at once (ldmatrix, no conversions), X [rows, 8 steps] and Y [8 steps, columns], and for step u all of Y but its line u
+is masked away. That is one instruction where multiplying in fp32 takes four, and six to convert the factors.
 
 Tiles lie in natural order here: position = row, position = column.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .tile import LINE, PRIVATE_REINTERPRET, ROW_MAJOR, _powers, only, right_layout, turned
+from .tile import LINE, PRIVATE_REINTERPRET, ROW_MAJOR, _powers, right_layout, turned
 
 
 @gluon.jit
@@ -52,22 +52,26 @@ def load_columns(eight, BV: gl.constexpr):
 
 
 @gluon.jit
-def only_step(y, u: gl.constexpr, BV: gl.constexpr):
-    """Y with all steps but u set to zero."""
-    Y: gl.constexpr = y.type.layout
-    pair = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, Y)), 0) // 2 == u // 2
-    yes = gl.full((BV, 8), -1, gl.int16, Y)
-    mask = gl.where(gl.broadcast(pair, yes)[0], yes, gl.full((BV, 8), 0, gl.int16, Y))
+def _only(y, pair, u: gl.constexpr):
+    """Of y [D, 8], the even (u even) or odd columns where `pair`, which both of a pair share; zeros elsewhere."""
+    mask = gl.where(pair, gl.full(y.shape, -1, gl.int32, y.type.layout), gl.full(y.shape, 0, gl.int32, y.type.layout))
     if u % 2 == 0:
         return gl.inline_asm_elementwise(
             "{ and.b32 $0, $1, $2; and.b32 $0, $0, 0x0000ffff; }",
-            "=r,r,r", [y, mask], dtype=y.dtype, is_pure=True, pack=2,
+            "=r,r,r,r", [y, mask], dtype=y.dtype, is_pure=True, pack=2,
         )  # fmt: skip
     else:
         return gl.inline_asm_elementwise(
             "{ and.b32 $0, $1, $2; and.b32 $0, $0, 0xffff0000; }",
-            "=r,r,r", [y, mask], dtype=y.dtype, is_pure=True, pack=2,
+            "=r,r,r,r", [y, mask], dtype=y.dtype, is_pure=True, pack=2,
         )  # fmt: skip
+
+
+@gluon.jit
+def only_step(y, u: gl.constexpr, BV: gl.constexpr):
+    """Y with all steps but u set to zero."""
+    pair = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, y.type.layout)), 0) // 2 == u // 2
+    return _only(y, gl.broadcast(pair, gl.full((BV, 8), True, gl.int1, y.type.layout))[0], u)
 
 
 @gluon.constexpr_function
@@ -83,7 +87,7 @@ def blocks_layout(BK, BV, NW):
 
 @gluon.jit
 def spread(x, y, BK: gl.constexpr, BV: gl.constexpr, L: gl.constexpr):
-    """Operands as tiles in L: thread by thread, every 16 × 8 block of the result finds its own four elements of both."""
+    """Operands as tiles in L: in a thread, every 16 × 8 block of the result finds its own four elements of both."""
     BLOCKS: gl.constexpr = blocks_layout(BK, BV, gl.num_warps())
     tile = gl.full((BK // 8, 8, BV // 8, 8), 0.0, x.dtype, BLOCKS)
     x = x.reshape((BK // 8, 8, 8))
@@ -145,8 +149,7 @@ def load_W(ptr, V: gl.constexpr, BV: gl.constexpr, TRANSPOSED: gl.constexpr, R: 
 @gluon.jit
 def line_of_ones(u: gl.constexpr, LOW: gl.constexpr, NW: gl.constexpr):
     """[8, 8 steps]: a right operand of ones in step u; X times it is x_u in every column."""
-    ones = gl.full((8, 8), 1.0, LOW, columns_operand(8, NW))
-    return only_step(ones, u, 8)
+    return only_step(gl.full((8, 8), 1.0, LOW, columns_operand(8, NW)), u, 8)
 
 
 @gluon.jit
@@ -176,20 +179,8 @@ def pick(x, u: gl.constexpr):
 @gluon.jit
 def only_step_at(y, first, u: gl.constexpr, BV: gl.constexpr):
     """`only_step` of step first + u; first is even and known at run time."""
-    Y: gl.constexpr = y.type.layout
-    pair = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, Y)), 0) // 2 == first // 2 + u // 2
-    yes = gl.full((BV, 8), -1, gl.int16, Y)
-    mask = gl.where(gl.broadcast(pair, yes)[0], yes, gl.full((BV, 8), 0, gl.int16, Y))
-    if u % 2 == 0:
-        return gl.inline_asm_elementwise(
-            "{ and.b32 $0, $1, $2; and.b32 $0, $0, 0x0000ffff; }",
-            "=r,r,r", [y, mask], dtype=y.dtype, is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        return gl.inline_asm_elementwise(
-            "{ and.b32 $0, $1, $2; and.b32 $0, $0, 0xffff0000; }",
-            "=r,r,r", [y, mask], dtype=y.dtype, is_pure=True, pack=2,
-        )  # fmt: skip
+    pair = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, y.type.layout)), 0) // 2 == first // 2 + u // 2
+    return _only(y, gl.broadcast(pair, gl.full((BV, 8), True, gl.int1, y.type.layout))[0], u)
 
 
 @gluon.jit
@@ -200,14 +191,19 @@ def load_right(eight, L: gl.constexpr):
 
 @gluon.jit
 def only_column_at(x, n, D: gl.constexpr):
-    """[D, 8], a right operand, with all columns but n set to zero."""
+    """[D, 8], a right operand, with all columns but n set to zero; a pair of elements stands in one column."""
     R: gl.constexpr = x.type.layout
-    return only(x, gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, R)), 0) == n, (D, 8))
+    here = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, R)), 0) == n
+    here = gl.broadcast(here, gl.full((D, 8), True, gl.int1, R))[0]
+    mask = gl.where(here, gl.full((D, 8), -1, gl.int32, R), gl.full((D, 8), 0, gl.int32, R))
+    return gl.inline_asm_elementwise(
+        "and.b32 $0, $1, $2;", "=r,r,r,r", [x, mask], dtype=x.dtype, is_pure=True, pack=2
+    )
 
 
 @gluon.jit
 def store_steps(at, tile, steps, stride_t, d_first, D: gl.constexpr, BD: gl.constexpr):
-    """Columns of tile [BD, 8], one per step, as rows of memory [8, D]: blocks are turned, so that a thread has two of a row."""
+    """Columns of tile [BD, 8], one per step, as rows of memory [8, D]; blocks are turned: a thread has two of a row."""
     x = turned(tile.to(at.dtype.element_ty), BD, 8)
     OUT: gl.constexpr = x.type.layout
     t = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, OUT)), 0)

@@ -200,14 +200,6 @@ def columns(shared, u, BV: gl.constexpr, L: gl.constexpr):
 
 
 @gluon.jit
-def sum_own_rows(x, BK: gl.constexpr, BV: gl.constexpr):
-    """[8 NW, BV] with columns in memory order: the state-shaped x summed over the rows that one thread holds."""
-    NW: gl.constexpr = gl.num_warps()
-    x = gl.sum(gl.sum(x.reshape((BK // (16 * NW), NW, 2, 8, BV)), 2), 0)
-    return x.reshape((8 * NW, BV // 8, 4, 2)).permute((0, 2, 1, 3)).reshape((8 * NW, BV))
-
-
-@gluon.jit
 def sum_own(x, BK: gl.constexpr, BV: gl.constexpr):
     """[NW, 8, 4], one of every thread: the state-shaped x summed over what the thread holds."""
     NW: gl.constexpr = gl.num_warps()
@@ -243,13 +235,6 @@ def gate(shared, u, L: gl.constexpr):
 def left_operand(x):
     """The state-shaped x as left operand: the registers are the same."""
     return gl.convert_layout(x, left_layout(x.type.layout), assert_trivial=True)
-
-
-@gluon.jit
-def column_of_right_operand(shared, u, n, BV: gl.constexpr, L: gl.constexpr):
-    """[BV, 8], to be contracted with the columns of the state: column n is line u of a chunk, the others zero."""
-    x = in_order(shared.index(u).load(columns_by_lane(BV, gl.num_warps())), BV)
-    return only_column(x, n, BV, right_layout(L))
 
 
 @gluon.jit
@@ -353,15 +338,3 @@ def columns_in_memory(BK, NW):
     registers = [[1, 0]] + [[0, *x] for x in _powers(1, 2 * M)]
     lanes = [[2, 0], [4, 0], [0, 2 * M], [0, 4 * M], [0, 8 * M]]
     return gl.DistributedLinearLayout(registers, lanes, [[0, *x] for x in _powers(16 * M, NW)], [], [8, BK])
-
-
-@gluon.jit
-def store_columns(at, tile, steps, stride_t, k_first, K: gl.constexpr, BK: gl.constexpr):
-    """Columns 0 to 3 of tile [BK, 8], one per step, as rows of memory [4, K]."""
-    NW: gl.constexpr = gl.num_warps()
-    x = tile.reshape((BK // (16 * NW), NW, 2, 8, 8)).permute((4, 1, 3, 0, 2)).reshape((8, BK))
-    OUT: gl.constexpr = columns_in_memory(BK, NW)
-    x = gl.convert_layout(x, OUT, assert_trivial=True)
-    t = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(1, OUT)), 1)
-    k = gl.expand_dims(gl.arange(0, BK, gl.SliceLayout(0, OUT)), 0) + k_first
-    gl.store(at + t * stride_t + k, x.to(at.dtype.element_ty), mask=(t < gl.minimum(steps, 4)) & (k < K))

@@ -321,7 +321,8 @@ def scan_backward_gluon_kernel(
                         BK, BV, CLIP, HAS_DY, E_SHARED,
                     )  # fmt: skip
                     carry, df0, dk, dv, dWt = undo(
-                        carry, noted.index(g), e0, e_shared, s0, q8, f4, dy8, v_right, k_right, u0, 0, Wt, dk, dv, dWt, clip,
+                        carry, noted.index(g), e0, e_shared, s0, q8, f4, dy8, v_right, k_right, u0, 0,
+                        Wt, dk, dv, dWt, clip,
                         BK, BV, CLIP, HAS_DY, E_SHARED,
                     )  # fmt: skip
                     df = gl.join(gl.join(df0, df2), gl.join(df1, df3))  # the last axis of join is the fastest

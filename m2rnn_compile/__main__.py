@@ -87,6 +87,13 @@ _probability = _number(float, lambda x: 0 < x <= 1, "a number in (0, 1]")
 _seed = _number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2**63 - 1")
 
 
+def _path(text: str) -> str:
+    """An empty path would mean the current folder; it comes from a shell variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, got ''")
+    return text
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The argument parser of ``python -m m2rnn_compile``."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -100,11 +107,13 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=DEMO_EXAMPLES,
         formatter_class=raw,
     )
-    demo.add_argument("--data", metavar="PATH", help="folder of text files (default: the standard library's sources)")
+    demo.add_argument(
+        "--data", type=_path, metavar="PATH", help="folder of text files (default: the standard library's sources)"
+    )
     length = demo.add_mutually_exclusive_group()
     length.add_argument("--steps", type=_positive_int, help="optimizer steps (default: 1400)")
     length.add_argument("--minutes", type=_positive_float, help="train for about so long, measured on this machine")
-    demo.add_argument("--out", metavar="DIR", help="folder of the run (default: a new one below runs/)")
+    demo.add_argument("--out", type=_path, metavar="DIR", help="folder of the run (default: a new one below runs/)")
     demo.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint of --out (default: the newest run)"
     )
@@ -120,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     generate.add_argument(
-        "checkpoint", metavar="RUN", help="folder of a run, or one of its checkpoints/step-... folders"
+        "checkpoint", type=_path, metavar="RUN", help="folder of a run, or one of its checkpoints/step-... folders"
     )
     generate.add_argument("--prompt", default="", help="text to continue (default: start a new document)")
     generate.add_argument("--max-new-tokens", type=_positive_int, default=400, help="bytes to generate (default: 400)")
@@ -151,8 +160,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     train.add_argument("--preset", help="a model of `python -m m2rnn_compile models`")
-    train.add_argument("--data", nargs="+", metavar="PATH", help="text files, or folders of them")
-    train.add_argument("--out", metavar="DIR", help="folder of the run (default: a new one below runs/)")
+    train.add_argument("--data", nargs="+", type=_path, metavar="PATH", help="text files, or folders of them")
+    train.add_argument("--out", type=_path, metavar="DIR", help="folder of the run (default: a new one below runs/)")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --out")
     train.add_argument(
         "--miniature",
@@ -160,7 +169,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="the preset scaled down to a laptop: 8 layers of its pattern, width 128",
     )
     train.add_argument("--layers", type=_positive_int, help="keep only the first so many layers")
-    train.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json of `tokenizers` (default: bytes)")
+    train.add_argument(
+        "--tokenizer", type=_path, metavar="FILE", help="a tokenizer.json of `tokenizers` (default: bytes)"
+    )
     train.add_argument("--end-token", help="the tokenizer's token between documents (default: the usual ones)")
     train.add_argument("--steps", type=_positive_int, help="optimizer steps (default: 1000)")
     train.add_argument("--batch-size", type=_positive_int, help="rows of a forward pass (default: 8)")
@@ -183,8 +194,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="reload an exported model and compare its outputs with recorded ones",
         description="Load a torch.export program and compare it with recorded outputs; exit status 1 if they differ.",
     )
-    check.add_argument("program", metavar="MODEL.pt2")
-    check.add_argument("expected", metavar="EXPECTED.safetensors", help="tensors tokens.I and logits.I")
+    check.add_argument("program", type=_path, metavar="MODEL.pt2")
+    check.add_argument("expected", type=_path, metavar="EXPECTED.safetensors", help="tensors tokens.I and logits.I")
     check.add_argument("--threads", type=_positive_int, default=2)
     return parser
 

@@ -63,6 +63,8 @@ def _isolation() -> Iterator[None]:
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
     yield
+    torch.use_deterministic_algorithms(False)  # a trainer switches it on
+    torch.utils.deterministic.fill_uninitialized_memory = True
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
 

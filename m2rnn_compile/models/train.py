@@ -124,8 +124,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = HybridLM(model_config).to(config.device)  # drawn on the CPU: the same weights on every device
         on_gpu = config.device != "cpu"
-        if on_gpu:
-            _make_deterministic()
+        _make_deterministic()
         groups = param_groups(self.model, config.weight_decay)
         options: dict[str, Any] = dict(lr=config.learning_rate, betas=config.betas, eps=config.eps)
         self.optimizer = torch.optim.AdamW(groups, fused=True if on_gpu else None, **options)
@@ -340,7 +339,10 @@ def bits_per_byte(
 
 
 def _make_deterministic() -> None:
-    """The same bits from the same inputs on a GPU: cuBLAS and what sums gradients of embeddings must be told."""
+    """The same bits from the same inputs: cuBLAS and what sums gradients of embeddings must be told.
+
+    On a CPU, compiled code would add the embedding's gradients by atomics from several threads, in whatever order.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # A help for debugging; it would fill every new tensor.

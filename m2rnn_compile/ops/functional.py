@@ -144,7 +144,7 @@ def explain_impl(
         these tensors the reason.
 
     Raises:
-        TypeError, ValueError: as `m2rnn` would.
+        TypeError, ValueError: as `m2rnn` would, except for the values of `cu_seqlens`: only a run reads them.
     """
     q, k, v = agree_under_autocast(q, k, v)
     check_scan(q, k, v, f, W, initial_state, cu_seqlens, None)

@@ -57,6 +57,11 @@ def new_checkpoints(v: Tensor, N: int, K: int, S: int, chunk: int, packed: bool)
 def _is_tensor(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"m2rnn: `{name}` must be a torch.Tensor, got {type(x).__name__}")
+    if x.is_nested:  # it has no sizes to check: asking for them fails inside of torch
+        raise TypeError(
+            f"m2rnn: `{name}` must be a dense tensor, got a nested one; concatenate its sequences along time "
+            "(x.values() of the jagged layout) and pass their offsets as `cu_seqlens`"
+        )
 
 
 def _has_shape(name: str, x: Tensor, names: tuple[str, ...], fixed: dict[str, int]) -> None:

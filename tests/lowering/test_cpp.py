@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -175,3 +177,65 @@ def test_the_rule_notices_a_lost_carry() -> None:
     got = {"y": y, "final_state": final, **dict(zip(("dq", "dk", "dv", "df", "dW"), grads, strict=False))}
     with pytest.raises(AssertionError, match="dq"):
         assert_accurate(got, oracle(x), run_low_precision(x), slices=2)
+
+
+# Tensors that end (or begin) where a page begins (or ends) that must not be touched: one element too far is a crash.
+EDGES = """
+import ctypes, mmap, sys
+import torch
+from m2rnn_compile.lowering import cpu
+from m2rnn_compile.testing import make_inputs
+
+keep, at_end = [], sys.argv[1] == "end"
+
+def at_the_edge(x):
+    size = x.numel() * x.element_size()
+    pages = -(-size // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    keep.append(memory)
+    first = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    offset = pages * mmap.PAGESIZE - size if at_end else mmap.PAGESIZE
+    copy = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=offset).view(x.shape).copy_(x)
+    forbidden = first + (pages * mmap.PAGESIZE if at_end else 0)
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(forbidden), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    return copy
+
+if sys.argv[2] == "too far":
+    x = at_the_edge(torch.ones(5))
+    ctypes.c_float.from_address(x.data_ptr() + (20 if at_end else -4)).value
+for dtype in (torch.float32, torch.bfloat16):
+    for K, V in ((33, 17), (32, 16), (1, 1), (5, 100)):
+        for seqlens in (None, [65, 0, 2]):
+            x = make_inputs(1, 67, 4, K, V, Nq=2, Nw=2, dtype=dtype, initial_state=True, seqlens=seqlens)
+            q, k, v, f, W, h0, dy, dh = map(
+                at_the_edge, (x.q, x.k, x.v, x.f, x.W, x.initial_state, x.dy, x.dfinal_state)
+            )
+            checkpoints = cpu.scan(q, k, v, f, W, h0, x.cu_seqlens, None, 64)[2]
+            saved = at_the_edge(checkpoints)
+            cpu.scan_backward(dy, dh, q, k, v, f, W, h0, x.cu_seqlens, saved, 1.0, 64)
+print("done")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect is called as on Linux")
+@pytest.mark.parametrize("edge", ["end", "begin"])
+def test_nothing_beyond_the_tensors_is_read(edge: str) -> None:
+    command = [sys.executable, "-c", EDGES, edge]
+    done = subprocess.run([*command, "as it is"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "done" in done.stdout
+    assert subprocess.run([*command, "too far"], capture_output=True).returncode == -signal.SIGSEGV  # it would be seen
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Two steps 2³¹ elements apart. The 4 GiB between them are asked for and never touched."""
+    x = make_inputs(1, 2, 2, 5, 6, dtype=torch.bfloat16, seed=9)
+    x = dataclasses.replace(x, f=x.f.bfloat16())
+    far, memory, first = 2**31, torch.empty(2**31 + 4096, dtype=torch.bfloat16), 0
+    apart = {}
+    for name in ("q", "k", "v", "f", "dy"):
+        t = getattr(x, name)
+        apart[name] = memory.as_strided(t.shape, (t.stride(0), far, *t.stride()[2:]), first).copy_(t)
+        first += t[:, 0].numel()
+    got, want = run(dataclasses.replace(x, **apart), impl="cpp"), run(x, impl="cpp")
+    assert all(torch.equal(got[name], want[name]) for name in want)

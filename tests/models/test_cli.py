@@ -145,6 +145,9 @@ def test_no_compiler_is_said_before_anything_else(monkeypatch, texts, capfd):
         (["demo", "--minutes", "nan"], "must be a number greater than 0, got 'nan'"),
         (["demo", "--seed", "9" * 30], "must be a whole number from 0 to 2**63 - 1"),
         (["generate", "x", "--top-p", "2"], "must be a number in (0, 1], got '2'"),
+        (["demo", "--out", ""], "argument --out: must be a path, got ''"),
+        (["demo", "--data", ""], "argument --data: must be a path, got ''"),
+        (["generate", ""], "must be a path, got ''"),
         ([], "required: COMMAND"),
     ],
 )

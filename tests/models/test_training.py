@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 from m2rnn_compile.models import checkpoint
 from m2rnn_compile.models.checkpoint import CheckpointError
@@ -64,6 +65,26 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_by_bit(tmp_path, data,
     logs = [[strip(line) for line in (tmp_path / d / LOG).read_text().splitlines()] for d in ("whole", "parts")]
     assert logs[0] == logs[1]
     assert [row["step"] for row in logs[0]] == [1, 2, 3, 4, 5, 6]
+
+
+def _atomics_in(fn, *args):
+    """Whether the code that Inductor writes for `fn` and its backward adds by atomics from several threads."""
+    torch._dynamo.reset()
+    _, codes = run_and_get_code(lambda: torch.compile(fn, fullgraph=True)(*args).backward())
+    assert codes
+    return any("atomic_add" in code for code in codes)
+
+
+@pytest.mark.slow
+def test_compiled_training_on_several_threads_adds_in_one_order(tmp_path, data):
+    """Else the last bits of the embedding's gradients change from run to run."""
+    tokens = torch.randint(0, 256, (2, 24))
+    weight = torch.randn(256, 16, requires_grad=True)
+    torch.set_num_threads(2)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        assert _atomics_in(lambda t: torch.nn.functional.embedding(t, weight).sin().sum(), tokens)
+        trainer = Trainer(CONFIG, dataclasses.replace(TRAIN, threads=2), data, tmp_path / "run")
+        assert not _atomics_in(trainer.model.loss, tokens, tokens)
 
 
 def test_a_forgotten_optimizer_state_would_be_seen(tmp_path, data, monkeypatch):

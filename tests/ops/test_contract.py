@@ -334,6 +334,15 @@ def test_wrong_input_gets_a_clear_error(case: str) -> None:
         m2rnn(**arguments)
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.parametrize("name", ["q", "f", "initial_state"])
+def test_nested_tensors_are_refused_with_the_way_out(layout: torch.layout, name: str) -> None:
+    nested = torch.nested.nested_tensor([x.contiguous() for x in X.named_inputs()[name]], layout=layout)
+    with pytest.raises(TypeError, match=f"`{name}` must be a dense tensor, got a nested one.*`cu_seqlens`"):
+        m2rnn(**change(X, **{name: nested}))
+
+
 S = {name: x if name in ("W", "initial_state") else x[:, 0] for name, x in X.named_inputs().items()}
 WRONG_STEPS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a time dimension": (S | dict(q=X.q), ValueError, r"`q` must have 3 dimensions \[B, Nq, K\]"),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tests of the tests: break a kernel on purpose, and the suite's own checks go red.
 
-A fault is a piece of source and what stands there instead. The eager kernels are executed anew with one fault each; the
-C++ kernel is built once with all of them, each behind a switch.
+A fault is a piece of source and what stands there instead. The eager kernels, and the reference that is the oracle of
+all others, are executed anew with one fault each; the C++ kernel is built once with all of them, each behind a switch.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import pytest
 
 from m2rnn_compile.lowering import cpu
 from m2rnn_compile.lowering.cpu import build
-from m2rnn_compile.ops import reference, registry
+from m2rnn_compile.ops import functional, reference, registry
 from tests.lowering.test_cpp import test_values_and_gradients_are_as_accurate_as_the_rule_asks as check_cpp
+from tests.ops.test_contract import test_clipping_means_the_same_everywhere as check_by_hand
 from tests.ops.test_reference import test_eager_kernels_agree_with_autograd_through_the_loop as check_eager
 
 
@@ -70,6 +71,41 @@ EAGER = {
     ),
     "packed checkpoints on top of each other": Fault("// chunk + s", "// chunk", "packed", "dq"),
 }
+
+# The oracle has no oracle but the equations written out in plain loops (one head), and the eager kernels, which share
+# `one_step` and `expand_heads` with it. A number is the clip of the check by hand, a text the case of the other.
+REFERENCE: dict[str, tuple[str, str, float | str]] = {
+    "loses the state at a step": (
+        "            h, _ = one_step(h, k_[:, t], v_[:, t], f_[:, t], W_)\n            ys",
+        "            h, _ = one_step(h * (t != 64), k_[:, t], v_[:, t], f_[:, t], W_)\n            ys",
+        1.0,
+    ),
+    "skips the last step": (
+        "            h, _ = one_step(h, k_[:, t], v_[:, t], f_[:, t], W_)\n            ys",
+        "            h = one_step(h, k_[:, t], v_[:, t], f_[:, t], W_)[0] if t < end - 1 else h\n            ys",
+        1.0,
+    ),
+    "forgets 1 - f": ("(1 - f) * z_BNKV", "z_BNKV", 1.0),
+    "W instead of its transpose": ("h_BNKV @ W_NVV", "h_BNKV @ W_NVV.mT", 1.0),
+    "rounds the state to fp32": ("h = h0[states].clone()", "h = h0[states].float().to(acc)", 1.0),
+    "forgets the initial state": ("if initial_state is None else initial_state.to(acc)", "if True else h0", 1.0),
+    "no clip": ("grads[0].clamp(-ctx.c, ctx.c)", "grads[0]", 0.1),
+    "a clip on one side": ("grads[0].clamp(-ctx.c, ctx.c)", "grads[0].clamp(max=ctx.c)", 0.1),
+    "the sum clipped instead of the carry": (
+        "            ys.append(readout(h, q_[:, t])[:, None])\n",
+        "            if state_grad_clip is not None:\n                h = _ClipGradient.apply(h, state_grad_clip)\n"
+        "            ys.append(readout(h, q_[:, t])[:, None])\n",
+        0.1,
+    ),
+    "heads dealt out in turn": (
+        "x.repeat_interleave(N // x.shape[axis], dim=axis)",
+        "torch.cat([x] * (N // x.shape[axis]), axis)",
+        "every input its own heads",
+    ),
+    "a packed sequence goes on with the state of the one before": (
+        "h = h0[states].clone()", "h = (finals[-1] if finals else h0[states]).clone()", "packed"
+    ),
+}  # fmt: skip
 
 # FAULT is true when this one is switched on.
 CPP = {
@@ -140,9 +176,30 @@ CPP = {
 }
 
 
-def replaced(source: str, name: str, fault: Fault, wrong: str) -> str:
-    assert fault.right in source, f"the source has changed; the fault {name!r} must be seeded anew"
-    return source.replace(fault.right, wrong)
+def replaced(source: str, name: str, right: str, wrong: str) -> str:
+    assert right in source, f"the source has changed; the fault {name!r} must be seeded anew"
+    return source.replace(right, wrong)
+
+
+def with_fault(name: str, right: str, wrong: str) -> types.ModuleType:
+    """`ops/reference.py`, which holds the reference and the eager kernels, with one fault in it."""
+    module = types.ModuleType(f"{reference.__package__}.broken")
+    module.__package__ = reference.__package__
+    exec(replaced(inspect.getsource(reference), name, right, wrong), module.__dict__)
+    return module
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_the_suite_notices_a_broken_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, wrong, case = REFERENCE[name]
+
+    def check() -> None:
+        check_eager(case) if isinstance(case, str) else check_by_hand("reference", case)
+
+    check()
+    monkeypatch.setattr(functional, "reference", with_fault(name, right, wrong))
+    with pytest.raises(AssertionError):
+        check()
 
 
 @pytest.fixture
@@ -150,9 +207,7 @@ def broken_eager(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Put the eager kernels with one fault in the place of the right ones."""
 
     def use(name: str) -> None:
-        module = types.ModuleType(f"{reference.__package__}.broken")
-        module.__package__ = reference.__package__
-        exec(replaced(inspect.getsource(reference), name, EAGER[name], EAGER[name].wrong), module.__dict__)
+        module = with_fault(name, EAGER[name].right, EAGER[name].wrong)
         right = registry.load
         monkeypatch.setattr(registry, "load", lambda impl: module if impl == "eager" else right(impl))
 
@@ -173,7 +228,7 @@ def faulty_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     source = build.SOURCE.read_text()
     for number, (name, fault) in enumerate(CPP.items(), 1):
         wrong = fault.wrong.replace("FAULT", f"(m2rnn_fault == {number})")
-        source = replaced(source, name, fault, wrong)
+        source = replaced(source, name, fault.right, wrong)
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("faulty")
         (folder / "kernel.cpp").write_text('extern "C" { int m2rnn_fault = 0; }\n' + source)

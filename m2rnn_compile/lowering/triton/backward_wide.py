@@ -174,9 +174,7 @@ def scan_backward_wide_kernel(
     sn = s * N + n
     carry_at = carry_ptr + sn * (K * V) + state
     carry = gl.load(carry_at, mask=in_state, other=0.0)
-    W = gl.allocate_shared_memory(
-        LOW, [BV, BV], SWIZZLED, load_W(W_ptr + (n // Gw) * (V * V), V, BV, False, L).to(LOW)
-    )
+    W = gl.allocate_shared_memory(LOW, [BV, BV], SWIZZLED, load_W(W_ptr + (n // Gw) * (V * V), V, BV, False, L).to(LOW))
     Wt = W.permute((1, 0))
     fence_async_shared()
     wi = column_of(gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(1, L)), 1), BV)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .opaque import refuse_transforms
+
 ALIGNMENT = 16  # bytes
 
 
@@ -27,7 +29,11 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
     Returns:
         ``[R, O]``.
+
+    Raises:
+        NotImplementedError: forward-mode differentiation, torch.func.grad and its kin.
     """
+    refuse_transforms("grouped_linear", x, weight)
     return _op(x, weight, ends)
 
 
@@ -93,3 +99,13 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]
 
 
 _op.register_autograd(_backward, setup_context=_save)
+
+
+def _weight_gradient_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    dy, x, ends = ctx.saved_tensors
+    ddy = _op(x, grad, ends) if ctx.needs_input_grad[0] else None
+    dx = _op(dy, grad.mT, ends) if ctx.needs_input_grad[1] else None
+    return ddy, dx, None
+
+
+_weight_gradient.register_autograd(_weight_gradient_backward, setup_context=_save)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .opaque import Packing, gradients, no_autocast
+from .opaque import Packing, differentiate_once, gradients, no_autocast, refuse_transforms
 
 
 def gru_scan(
@@ -31,7 +31,11 @@ def gru_scan(
 
     Returns:
         ``(h of every step in x's dtype, the last h in fp32 (fp64 for fp64 inputs))``.
+
+    Raises:
+        NotImplementedError: forward-mode differentiation, torch.func.grad and its kin, differentiating twice.
     """
+    refuse_transforms("gru_scan", x, x_f, x_r, weight, initial_state)
     return _op(x, x_f, x_r, weight, initial_state, cu_seqlens)
 
 
@@ -125,8 +129,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, dh: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
-    *grads, d0 = _backward_op(dh, dlast, *ctx.saved_tensors)
-    return *grads, None if ctx.saved_tensors[4] is None else d0, None
+    saved = ctx.saved_tensors  # once: activation checkpointing hands them out no second time
+    *grads, d0 = _backward_op(dh, dlast, *saved)
+    return *grads, None if saved[4] is None else d0, None
 
 
 _op.register_autograd(_backward, setup_context=_save)
+differentiate_once("gru_scan", _backward_op)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .chunk_gradients import chunk_gradients
-from .opaque import Packing, gradients, no_autocast
+from .opaque import Packing, differentiate_once, gradients, no_autocast, refuse_transforms
 
 CHUNK = 64  # also the chunk of flash-linear-attention's kernels: part of the shape of what they save
 MAX_KEY_DIM_FLA = 256
@@ -66,9 +66,11 @@ def linear_rnn(
 
     Raises:
         ValueError: `impl` is unknown, or names what cannot run these tensors.
+        NotImplementedError: forward-mode differentiation, torch.func.grad and its kin, differentiating twice.
     """
     if impl not in IMPLS:
         raise ValueError(f"linear_rnn: `impl` must be one of {IMPLS}, got {impl!r}")
+    refuse_transforms("linear_rnn", q, k, v, g, beta, initial_state)
     return LinearRNNOutput(*_op(q, k, v, g, beta, initial_state, cu_seqlens, delta, impl)[:2])
 
 
@@ -360,3 +362,4 @@ def _backward(ctx: Any, dy: Tensor, dstate: Tensor, *_: Tensor) -> tuple[Any, ..
 
 
 _op.register_autograd(_backward, setup_context=_save)
+differentiate_once("linear_rnn", _backward_op)

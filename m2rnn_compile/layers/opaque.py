@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..ops.library import differentiated_by_functorch, functorch_active
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -36,6 +39,34 @@ def gradients(
         outputs, grads = [o for o, _ in pairs], [g for _, g in pairs]
         found = iter(torch.autograd.grad(outputs, wanted, grads, materialize_grads=True, allow_unused=True))
     return [next(found).contiguous() if isinstance(x, Tensor) and x.requires_grad else None for x in leaves]
+
+
+def refuse_transforms(owner: str, *tensors: Tensor | None) -> None:
+    """Refuse what a custom op cannot do: forward mode would give zero tangents without a word.
+
+    Raises:
+        NotImplementedError: forward-mode differentiation, torch.func.grad and its kin.
+    """
+    # While tracing, a tensor cannot be asked whether it has a tangent.
+    compiling, present = torch.compiler.is_compiling(), [x for x in tensors if x is not None]
+    if forward_ad._current_level >= 0 and (
+        compiling or any(forward_ad.unpack_dual(x).tangent is not None for x in present)
+    ):
+        raise NotImplementedError(f"{owner}: forward-mode differentiation is not supported; use torch.autograd.grad")
+    if not compiling and functorch_active() and any(map(differentiated_by_functorch, present)):
+        raise NotImplementedError(
+            f"{owner}: torch.func.grad, vjp and jacrev are not supported; use torch.autograd.grad, which goes through "
+            "torch.vmap too"
+        )
+
+
+def differentiate_once(owner: str, backward_op: Any) -> None:
+    """Let the gradient's own backward say that there is none."""
+
+    def refuse(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        raise NotImplementedError(f"{owner} cannot be differentiated twice: its backward has no derivative")
+
+    backward_op.register_autograd(refuse)
 
 
 class Packing:

@@ -10,6 +10,7 @@ Tensors have the names that `HybridLM` gives them, so the folders can be read by
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -61,6 +62,11 @@ class M2RNNHybridConfig(PreTrainedConfig):
     @property
     def vocab_size(self) -> int:
         return self.lm_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        """What `resize_token_embeddings` sets."""
+        self.lm = dataclasses.replace(self.lm_config, vocab_size=value).to_dict()
 
     @property
     def hidden_size(self) -> int:
@@ -141,6 +147,7 @@ class M2RNNHybridForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.transformer.wte = value
+        self._lm.config = dataclasses.replace(self._lm.config, vocab_size=value.num_embeddings)
 
     def get_output_embeddings(self) -> None:
         """None: the head is the embedding."""

@@ -32,7 +32,7 @@ from .config import (
     VectorRNNConfig,
 )
 from .lm import HybridLM
-from .weights import CONFIG, WeightFiles, load_weights, read_config, save_weights, write_config
+from .weights import CONFIG, MODEL_TYPE, WeightFiles, load_weights, read_config, save_weights, write_config
 
 # Ours -> theirs, by letter; what is not listed has no counterpart here and must have the value in _FIXED.
 _MIXER_TYPES = {"M": "m2rnn", "G": "gated_deltanet", "A": "softmax_attention", "2": "mamba2", "R": "rnn", "U": "gru"}
@@ -129,6 +129,8 @@ def load_released(
     """
     record = read_config(folder)
     where = str(Path(folder) / CONFIG)
+    if record.get("model_type") == MODEL_TYPE:
+        raise CheckpointError(f"{where!r} was written by this library; read it by models.weights.load_model")
     config = config_from_released(record, where=where)
     model = HybridLM(config, device=device, dtype=dtype)
     files = WeightFiles(folder)

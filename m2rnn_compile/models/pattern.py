@@ -5,8 +5,15 @@ from __future__ import annotations
 
 import re
 
+
+def _every(layers: int, period: int, first: int) -> range:
+    if period < 1:
+        raise ValueError(f'"every {period}": the period must be at least 1')
+    return range(first, max(layers, first + 1), period)  # the first one always, so that one too far is noticed
+
+
 _RULES = (
-    (re.compile(r"(\w) every (\d+) from (\d+)"), lambda n, s, m: range(int(m[3]), n, max(1, int(m[2])))),
+    (re.compile(r"(\w) every (\d+) from (\d+)"), lambda n, s, m: _every(n, int(m[2]), int(m[3]))),
     (re.compile(r"(\w) at ([\d ]+)"), lambda n, s, m: [int(i) for i in m[2].split()]),
     (re.compile(r"(\w) before (\w)"), lambda n, s, m: [i - 1 for i in range(1, n) if s[i] == m[2]]),
 )
@@ -34,7 +41,11 @@ def expand(rule: str) -> str:
                 '"M before A"'
             )
         match, layers = found[0]
-        for i in layers(len(letters), letters, match):
+        try:
+            chosen = layers(len(letters), letters, match)
+        except ValueError as error:
+            raise ValueError(f"pattern rule {rule!r}: {error}") from None
+        for i in chosen:
             if i >= len(letters):
                 raise ValueError(f"pattern rule {rule!r}: there is no layer {i}, the model has {len(letters)} layers")
             letters[i] = match[1]

@@ -65,7 +65,7 @@ def test_export_with_dynamic_batch_and_time():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hybrid-gated-deltanet+5-7b"])
+@pytest.mark.parametrize("name", ["hybrid-gated-deltanet+5-7b", "softmax-410m"])  # each kind of layer and of MLP
 def test_inductor_keeps_the_accuracy_rule(name):
     """Logits and every gradient, in fp32 through Inductor, against the same model in fp64."""
     x, dy = torch.randint(0, 64, (2, 21)), torch.randn(2, 21, 64)
@@ -76,7 +76,7 @@ def test_inductor_keeps_the_accuracy_rule(name):
         grads = torch.autograd.grad(y, list(model.parameters()), dy.to(y.dtype))
         return {"y": y.detach()} | dict(zip((n for n, _ in model.named_parameters()), grads, strict=True))
 
-    model, truth = small(name, layers=2), small(name, torch.float64, layers=2)
+    model, truth = small(name), small(name, torch.float64)
     truth.load_state_dict(model.state_dict())
     eager = run(model, model)
     assert_accurate(run(model, torch.compile(model, fullgraph=True)), run(truth, truth), eager)

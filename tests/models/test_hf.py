@@ -95,6 +95,24 @@ def test_folders_round_trip_both_ways(tmp_path, pair, dtype):
         assert_same(back(x).logits, ours(x))
 
 
+def test_more_tokens(pair, tmp_path):
+    """What a fine-tuning with new special tokens does first."""
+    ours, _ = pair
+    theirs, x = from_hybrid(ours).eval(), prompt(2, 7)
+    before = theirs(x).logits
+    theirs.resize_token_embeddings(300)
+    assert theirs.config.vocab_size == theirs.lm.config.vocab_size == 300
+    after = theirs(x).logits
+    assert after.shape == (2, 7, 300)
+    assert_same(after[..., :256], before)
+    theirs.save_pretrained(tmp_path)
+    for back in (AutoModelForCausalLM.from_pretrained(tmp_path), load_model(tmp_path)):
+        y = back(x)
+        assert_same(getattr(y, "logits", y), after)
+    theirs.resize_token_embeddings(256)
+    assert_same(theirs(x).logits, before)
+
+
 def test_a_new_model_starts_as_ours_do():
     torch.manual_seed(0)
     model = M2RNNHybridForCausalLM(M2RNNHybridConfig.of(CONFIG))

@@ -106,6 +106,8 @@ def test_pattern_rules():
     for bad, message in (
         ("G, A at 0", 'must start with layers and a letter such as "24G"'),
         ("4G, A at 4", "there is no layer 4, the model has 4 layers"),
+        ("4G, A every 8 from 4", "there is no layer 4, the model has 4 layers"),
+        ("4G, A every 0 from 1", "the period must be at least 1"),
         ("4G, A sometimes", "'A sometimes' is not understood"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -56,6 +56,8 @@ def test_round_trip_of_our_own_layout(tmp_path, shard):
     same_model(load_model(tmp_path), model)
     sizes = [sum(x.numel() * 4 for x in load_file(f).values()) for f in files]
     assert all(size <= shard or len(load_file(f)) == 1 for f, size in zip(files, sizes, strict=True))
+    with pytest.raises(CheckpointError, match=r"written by this library; read it by models\.weights\.load_model"):
+        load_released(tmp_path)
     save_model(model, tmp_path)  # over sharded files: none of them stays behind
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 

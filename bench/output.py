@@ -24,7 +24,8 @@ def make_console(file: TextIO | None = None, *, stderr: bool = False) -> Console
     """A console for a stream: no escape codes at all unless it is a terminal and NO_COLOR is unset."""
     stream = file or (sys.stderr if stderr else sys.stdout)
     plain = bool(os.environ.get("NO_COLOR")) or not stream.isatty()
-    width = None if stream.isatty() else int(os.environ.get("COLUMNS") or PLAIN_WIDTH)
+    asked = os.environ.get("COLUMNS", "")
+    width = None if stream.isatty() else int(asked) if asked.isdecimal() and int(asked) else PLAIN_WIDTH
     options: dict[str, Any] = {"color_system": None, "no_color": True} if plain else {}
     return Console(file=stream, width=width, highlight=False, soft_wrap=False, legacy_windows=False, **options)
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from .files import markdown_line
 from .rows import Row
-from .tables import headline, mebibytes, milliseconds, reference_of, shape_of, thousands, what_it_computes
+from .shapes import PRESETS
+from .tables import headline, mebibytes, milliseconds, reference_of, shape_of, thousands, title_of, what_it_computes
 
 _HEADER = (
     ("provider", "ms (p20 to p80)", "vs", "peak MiB", "kept MiB", "tokens/s", "TFLOP/s", "GB/s", "of floor", "error")
@@ -63,3 +64,48 @@ def markdown(rows: Sequence[Row], against: str | None = None) -> str:
         lines += ["## Missing", "", *(f"- {provider}: {note}" for provider, note in absent.items()), ""]
     lines += ["## Where and with what", "", *(f"- {line}" for line in headline(present).splitlines())]
     return "\n".join(lines) + "\n"
+
+
+def _summary_cell(row: Row | None, base: Row) -> str:
+    if row is None:
+        return ""
+    if row.status != "ok" or row.median_ms is None:
+        return row.status
+    faster = ""
+    if row is not base and row.operator == base.operator and base.median_ms:
+        faster = f", {row.median_ms / base.median_ms:.2f}x"
+    peak = "" if row.peak_mib is None else f" ({mebibytes(row.peak_mib)})"
+    return f"{milliseconds(row.median_ms)}{peak}{faster}"
+
+
+def summary(rows: Sequence[Row], providers: Sequence[str]) -> str:
+    """One table: a line for each problem and mode, a column for each provider; then what they compute, and where.
+
+    A time of the same operator is followed by how often the first provider's it is. Left out are lines that have one
+    provider only, backward (it is a part of another mode), and presets at lengths that are not their own, if there are
+    others: a sweep over T is for the plot.
+    """
+    latest = {row.key: row for row in rows if row.mode not in ("check", "backward") and row.status != "missing"}
+    if own := {key: row for key, row in latest.items() if row.shape not in PRESETS or row.T == PRESETS[row.shape].T}:
+        latest = own
+    lines: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in latest.values():
+        lines.setdefault((title_of(row), row.mode), {})[row.provider] = row
+    providers = [name for name in providers if any(name in line for line in lines.values())]
+    used: list[Row] = []
+    table = [markdown_line(["problem", "mode", *providers]), "|---" * (2 + len(providers)) + "|"]
+    for (title, mode), line in lines.items():
+        if len(line) < min(2, len(providers)):
+            continue
+        base = next(line[name] for name in providers if name in line)
+        table.append(markdown_line([title, mode, *(_summary_cell(line.get(name), base) for name in providers)]))
+        used += line.values()
+    caption = f"Median ms (peak MiB beyond the inputs), of the same operator: time / that of {providers[0]}."
+    notes = dict.fromkeys(filter(None, (_without_sizes(what_it_computes(row)) for row in used if row.status == "ok")))
+    bullets = [f"- {line}" for line in (*notes, *headline(used).splitlines())]
+    return "\n".join([caption, "", *table, "", *bullets]) + "\n"
+
+
+def _without_sizes(note: str) -> str:
+    """What a peer computes, without the number of tokens, which differs from line to line."""
+    return note.partition("; tokens ")[0]

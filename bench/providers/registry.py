@@ -57,6 +57,7 @@ class Provider:
         why_not: why it cannot run on a device in this environment, or None. Must not compile anything.
         build: kernel → function that makes the problem; raises ValueError for a shape that it cannot do.
         kept: bytes that live from forward to backward beyond the results, estimated without running (kernel op).
+        in_backward: bytes that only backward holds, gradients left out, estimated likewise.
         version: of the package it comes from, where that is neither this one nor torch.
     """
 
@@ -67,6 +68,7 @@ class Provider:
     build: Mapping[str, Callable[[Context], Problem]]
     kept: Callable[[Shape, int], int]
     version: Callable[[], str] | None = None
+    in_backward: Callable[[Shape, int], int] = lambda shape, itemsize: 0
 
 
 def choose(

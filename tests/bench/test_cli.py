@@ -251,6 +251,14 @@ def test_dry_run_of_a_step_predicts_a_step(run):
     assert sdpa[-1] == "sdpa"
 
 
+def test_only_who_is_asked_for_is_looked_for(run, monkeypatch):
+    """Looking for a peer imports its package, which takes seconds."""
+    (eager,) = [provider for provider in measure.PROVIDERS if provider.name == "eager"]
+    other = dataclasses.replace(eager, name="other", why_not=lambda device: pytest.fail("looked for"))
+    monkeypatch.setattr(measure, "PROVIDERS", [other, eager])
+    assert run("op", *SMALL, "--provider", "eager", "--runs", "1", "--mode", "forward")[0] == 0
+
+
 def test_what_is_named_twice_is_run_once(run):
     shape = ["--shape", "B1,T5,N2,K3,V4", "--shape", "B1,T5,N2,K3,V4", "--T", "5,5", "--device", "cpu"]
     asked = ["--provider", "eager,eager", "--dtype", "fp32,float32", "--mode", "forward,forward", "--runs", "1"]
@@ -429,10 +437,18 @@ def test_plots_are_drawn(run, tmp_path):
 def test_a_summary_is_one_table_and_one_plot(run, tmp_path, monkeypatch):
     code, out, _ = run("report", RECORD, "--summary", "--provider", "triton,xma", out=False)
     assert code == 0
-    assert [line.split(" | ")[2:] for line in out.splitlines() if line.startswith("| op A: ")] == [
+    assert [line.split(" | ")[2:] for line in out.splitlines() if line.startswith("| A: ")] == [
         ["1.484 (429)", "4.112 (91), 2.77x |"],
         ["6.717 (495)", "18.56 (5,578), 2.76x |"],
     ]
+    apart = tmp_path / "apart.jsonl"
+    with files.Writer([apart]) as writer:
+        for row in files.read(record.RESULTS / "op-h200-20261124.json"):
+            if (row.provider == "xma") == (row.shape == "D"):
+                writer.append(row)
+    code, _, err = run("report", str(apart), "--summary", out=False)
+    assert code == 2
+    assert "no problem was measured with two providers" in err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, err = run("report", RECORD, "--summary", "--plot", str(tmp_path), out=False)
     assert code == 2

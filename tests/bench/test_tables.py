@@ -161,12 +161,12 @@ t.py::b[x]  failed   assert 1 == 2
                 report.summary([*sweep, *ROWS, *backward, *alone], ["triton", "xma", "sdpa", "fla-gdn", "mamba2"])
             ),
             """\
-Median ms (peak MiB beyond the inputs), of the same operator: time / that of triton.
+op, bfloat16, clip 1.0: median ms (peak MiB beyond the inputs); of the same operator, time / that of triton.
 
 | problem | mode | triton | xma | sdpa | fla-gdn |
 |---|---|---|---|---|---|
-| op A: B8 T4096 N84 K64 V16, bfloat16, clip 1.0 | forward | 1.484 (429) | 4.112 (91), 2.77x | 0.660 | refused |
-| op A: B8 T4096 N84 K64 V16, bfloat16, clip 1.0 | forward+backward | 6.717 | oom |  |  |
+| A: B8 T4096 N84 K64 V16 | forward | 1.484 (429) | 4.112 (91), 2.77x | 0.660 | refused |
+| A: B8 T4096 N84 K64 V16 | forward+backward | 6.717 | oom |  |  |
 
 - xma (sources 0123456789ab) computes M2RNN
 - sdpa computes causal softmax attention, 16 heads of 64

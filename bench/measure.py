@@ -255,7 +255,7 @@ def run(plan: Plan, on_run: Progress = lambda what, done, total: None) -> Iterat
     clock = clock_for(plan.device)
     for shape in plan.shapes:
         for dtype in plan.dtypes:
-            on_run(f"{shape.name}: inputs", 0, 1)
+            on_run(f"{shape.name} T{shape.T}: inputs", 0, 1)
             group = _Group(plan, shape, dtype, chosen)
             group.build_and_gate(on_run)
             for mode in plan.modes:

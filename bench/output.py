@@ -32,14 +32,16 @@ def make_console(file: TextIO | None = None, *, stderr: bool = False) -> Console
 
 @contextlib.contextmanager
 def progress() -> Iterator[measure.Progress]:
-    """Tell of progress on stderr: a bar on a terminal, else one line whenever what is done changes."""
+    """Tell of progress on stderr: a bar on a terminal, else a line for each thing that is done, once a problem."""
     console = make_console(stderr=True)
     if not console.is_terminal:
-        last = [""]
+        told: set[str] = set()
 
         def line(what: str, done: int, total: int) -> None:
-            if what != last[0]:
-                last[0] = what
+            if what.endswith(": inputs"):  # the next problem
+                told.clear()
+            if what not in told:
+                told.add(what)
                 print(what, file=sys.stderr, flush=True)
 
         yield line

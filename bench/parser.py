@@ -80,7 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Error against the fp64 oracle: at most 2 x that of a low-precision eager run, for every output\n"
         "and gradient, per time slice; and the same bits on every repeat. Exit code 1 on failure.",
         epilog=f"examples:\n  python -m bench check\n  python -m bench check --preset A --dtype bf16 --provider triton "
-        f"--repeats 50\n\nby default three small awkward shapes: {'; '.join(map(str, CHECK_SHAPES))}",
+        f"--repeats 50\n\nby default three small awkward shapes: {'; '.join(map(str, CHECK_SHAPES))}\n"
+        "and triton on a GPU, reference, eager and cpp on a CPU; xma, the authors' kernel, by name only",
         formatter_class=formatter,
     )
     _add_common(checked, dtype="fp32 and bf16, and fp16 on a GPU")

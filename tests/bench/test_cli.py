@@ -259,6 +259,26 @@ def test_only_who_is_asked_for_is_looked_for(run, monkeypatch):
     assert run("op", *SMALL, "--provider", "eager", "--runs", "1", "--mode", "forward")[0] == 0
 
 
+def test_without_a_terminal_each_thing_that_is_done_is_a_line_once(run):
+    two = ["--shape", "B1,T5,N2,K3,V4", "--T", "5,6", "--device", "cpu"]
+    code, _, err = run("op", *two, "--provider", "eager,reference", "--runs", "4", "--mode", "forward")
+    assert code == 0
+    name = "B1,T5,N2,K3,V4"
+    lines = err.splitlines()
+    assert lines.count(f"{name} forward: eager") == lines.count(f"{name} forward: reference") == 2
+    assert [line for line in lines if line.endswith("inputs")] == [f"{name} T5: inputs", f"{name} T6: inputs"]
+    assert len(lines) == 2 * 7
+
+
+def test_a_peer_is_held_to_our_rule_by_name_only(monkeypatch):
+    checked = []
+    monkeypatch.setattr(check, "choose", lambda known, names, kernel, device: (checked.append(names), {}))
+    every = [dataclasses.replace(provider, why_not=lambda device: None) for provider in check.checkable()]
+    monkeypatch.setattr(check, "checkable", lambda: every)
+    assert list(check.run(check.CheckPlan([], [], None, [], torch.device("cuda")))) == []
+    assert checked == [["triton"]]
+
+
 def test_what_is_named_twice_is_run_once(run):
     shape = ["--shape", "B1,T5,N2,K3,V4", "--shape", "B1,T5,N2,K3,V4", "--T", "5,5", "--device", "cpu"]
     asked = ["--provider", "eager,eager", "--dtype", "fp32,float32", "--mode", "forward,forward", "--runs", "1"]

@@ -29,12 +29,12 @@ MODES_OF = {
 }
 
 
-def items(text: str) -> list[str]:
-    """A comma-separated list."""
+def items(text: str, option: str) -> list[str]:
+    """A comma-separated list; what is named twice counts once."""
     parts = [item.strip() for item in text.split(",")]
     if not all(parts):
-        raise ValueError(f"{text!r}: an empty item in a list")
-    return parts
+        raise ValueError(f"{option} {text!r}: an empty item in a list")
+    return list(dict.fromkeys(parts))
 
 
 def clip(text: str) -> float | None:
@@ -50,11 +50,33 @@ def clip(text: str) -> float | None:
     return value
 
 
-def dtype(text: str) -> torch.dtype:
-    """`bf16`, `fp16`, `fp32`, `fp64` or torch's own names."""
-    if text not in DTYPES:
-        raise ValueError(f"--dtype {text!r} is unknown; expected bf16, fp16, fp32 or fp64")
-    return DTYPES[text]
+def clips(text: str) -> list[float | None]:
+    """A list of clips."""
+    try:
+        return [clip(item) for item in items(text, "--clip")]
+    except argparse.ArgumentTypeError as e:
+        raise ValueError(f"--clip: {e}") from e
+
+
+def dtypes(text: str) -> list[torch.dtype]:
+    """A list of `bf16`, `fp16`, `fp32`, `fp64` or torch's own names."""
+    names = items(text, "--dtype")
+    for name in names:
+        if name not in DTYPES:
+            raise ValueError(f"--dtype {name!r} is unknown; expected bf16, fp16, fp32 or fp64")
+    return list(dict.fromkeys(DTYPES[name] for name in names))
+
+
+def ratio(value: float | None, option: str) -> None:
+    """A limit on a ratio is a number above 0: nothing is ever above NaN."""
+    if value is not None and not value > 0:
+        raise ValueError(f"{option} must be above 0, got {value}")
+
+
+def one_of(name: str | None, known: Sequence[str], option: str) -> None:
+    """A name that is known, if there is one."""
+    if name is not None and name not in known:
+        raise ValueError(f"{option} {name!r} is unknown; expected {', '.join(known) or 'nothing: there is none'}")
 
 
 def modes(text: str | None, kernel: str, default: Sequence[str]) -> list[str]:
@@ -62,11 +84,11 @@ def modes(text: str | None, kernel: str, default: Sequence[str]) -> list[str]:
     if text is None:
         return list(default)
     known = MODES_OF[kernel]
-    chosen = items(text)
+    chosen = items(text, "--mode")
     unknown = [mode for mode in chosen if mode not in known]
     if unknown:
         raise ValueError(f"--mode {', '.join(unknown)}: unknown for {kernel}; expected {', '.join(known)}")
-    return list(dict.fromkeys(chosen))
+    return chosen
 
 
 def pattern(text: str | None, layers: int | None) -> str | None:
@@ -88,23 +110,23 @@ def shapes(
     """Shapes of --preset and --shape, each at every length of --T."""
     result: list[Shape] = []
     for text in presets or ():
-        for name in items(text):
+        for name in items(text, "--preset"):
             if name not in PRESETS:
                 raise ValueError(f"--preset {name!r} is unknown; expected {', '.join(PRESETS)}")
             result.append(PRESETS[name])
     for text in written or ():
         names = text.split(",")
         result += [PRESETS[name] for name in names] if all(n in PRESETS for n in names) else [parse_shape(text)]
-    result = result or list(default)
+    result = list(dict.fromkeys(result or default))
     if lengths is None:
         return result
     try:
-        numbers = [int(item) for item in items(lengths)]
+        numbers = [int(item) for item in items(lengths, "--T")]
     except ValueError as e:
         raise ValueError(f"--T {lengths!r}: expected whole numbers, such as 1024,4096") from e
     if min(numbers) < 1:
         raise ValueError(f"--T {lengths!r}: a length must be at least 1")
-    return [shape.with_length(T) for shape in result for T in numbers]
+    return list(dict.fromkeys(shape.with_length(T) for shape in result for T in numbers))
 
 
 def device(text: str | None) -> torch.device:

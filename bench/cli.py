@@ -32,7 +32,7 @@ from . import (
     tables,
 )
 from .parser import build_parser
-from .providers import add_checkout
+from .providers import PROVIDERS, add_checkout
 from .rows import Row
 from .shapes import CHECK_SHAPES, GPU_PRESETS, PRESETS, Shape
 
@@ -84,12 +84,15 @@ def _plan(args: argparse.Namespace, device: torch.device) -> measure.Plan:
         arguments.refuse_gpu_presets_on_cpu(shapes, device, args.device)
     if args.runs < 1 or args.min_runs < 1 or not args.budget > 0:
         raise ValueError("--runs and --min-runs must be at least 1, --budget above 0")
+    if args.gate_steps is not None and args.gate_steps < 1:
+        raise ValueError(f"--gate-steps must be at least 1, got {args.gate_steps}")
+    arguments.one_of(args.against, [p.name for p in PROVIDERS], "--against")
     layers = getattr(args, "layers", None)
     return measure.Plan(
         kernel=args.command,
         shapes=shapes,
-        dtypes=[arguments.dtype(text) for text in arguments.items(args.dtype or ("bf16" if on_gpu else "fp32"))],
-        providers=arguments.items(args.provider) if args.provider else None,
+        dtypes=arguments.dtypes(args.dtype or ("bf16" if on_gpu else "fp32")),
+        providers=None if args.provider is None else arguments.items(args.provider, "--provider"),
         modes=arguments.modes(args.mode, args.command, DEFAULT_MODES[args.command]),
         device=device,
         clip=args.clip,
@@ -97,6 +100,7 @@ def _plan(args: argparse.Namespace, device: torch.device) -> measure.Plan:
         runs=args.runs,
         min_runs=args.min_runs,
         budget_s=args.budget,
+        gate_steps=args.gate_steps,
         layers=layers,
         pattern=arguments.pattern(getattr(args, "pattern", None), layers),
         commit=args.commit,
@@ -136,8 +140,7 @@ def _measure(args: argparse.Namespace) -> int:
     plan = _plan(args, device)
     if args.fail_above is not None and args.baseline is None:
         raise ValueError("--fail-above needs --baseline FILE to compare with")
-    if args.fail_above is not None and not args.fail_above > 0:
-        raise ValueError(f"--fail-above must be above 0, got {args.fail_above}")
+    arguments.ratio(args.fail_above, "--fail-above")
     baseline = files.read(args.baseline) if args.baseline else None
     if args.dry_run:
         _print(predict.parts_of(plan, "cuda" if _is_about_a_gpu(args, plan.shapes, device) else "cpu"))
@@ -185,9 +188,9 @@ def _check(args: argparse.Namespace) -> int:
     arguments.refuse_gpu_presets_on_cpu(shapes, device, args.device)
     plan = check.CheckPlan(
         shapes=shapes,
-        dtypes=[arguments.dtype(text) for text in arguments.items(args.dtype or default_dtypes)],
-        providers=arguments.items(args.provider) if args.provider else None,
-        clips=[arguments.clip(text) for text in arguments.items(args.clip)],
+        dtypes=arguments.dtypes(args.dtype or default_dtypes),
+        providers=None if args.provider is None else arguments.items(args.provider, "--provider"),
+        clips=arguments.clips(args.clip),
         device=device,
         repeats=args.repeats,
         seed=args.seed,
@@ -205,6 +208,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
+    arguments.ratio(args.fail_above, "--fail-above")
     if args.rev is None:
         if len(args.files) != 2:
             raise ValueError(
@@ -219,8 +223,11 @@ def _compare(args: argparse.Namespace) -> int:
                 "for example: compare --rev HEAD~1 -- op --preset cpu --provider cpp"
             )
         parsed = build_parser().parse_args(inner)
-        if parsed.dry_run or parsed.out or parsed.commit:
-            raise ValueError("compare --rev: the run after -- takes no --dry-run, --out or --commit")
+        if parsed.dry_run or parsed.out or parsed.commit or parsed.json or parsed.baseline or parsed.fail_above:
+            raise ValueError(
+                "compare --rev: the run after -- takes no --dry-run, --out, --commit, --json, --baseline or "
+                "--fail-above; the --fail-above of the comparison goes before --"
+            )
         print(f"running {args.rev} ...", file=sys.stderr, flush=True)
         before = compare.run_revision(args.rev, inner)
         print("running this tree ...", file=sys.stderr, flush=True)
@@ -244,7 +251,14 @@ def _report(args: argparse.Namespace) -> int:
     rows = [row for path in args.file for row in files.read(path)]
     if all(row.mode == "check" for row in rows):
         raise ValueError("report: no timings in these files; `show` prints checks")
-    text = report.markdown(rows, args.against)
+    there = list(dict.fromkeys(row.provider for row in rows))
+    arguments.one_of(args.against, there, "--against")
+    if args.provider is not None:
+        there = arguments.items(args.provider, "--provider")
+        for name in there:
+            arguments.one_of(name, sorted({row.provider for row in rows}), "--provider")
+        rows = [row for row in rows if row.provider in there]
+    text = report.summary(rows, there) if args.summary else report.markdown(rows, args.against)
     if args.out is None:
         sys.stdout.write(text)
     else:
@@ -253,7 +267,7 @@ def _report(args: argparse.Namespace) -> int:
         except OSError as e:
             raise ValueError(f"--out {args.out}: cannot be written ({e.strerror})") from e
     if args.plot is not None:
-        for path in plots.draw(rows, args.plot):
+        for path in (plots.draw_summary if args.summary else plots.draw)(rows, args.plot):
             print(f"wrote {path}", file=sys.stderr)
     return OK
 

@@ -109,7 +109,8 @@ class Judge:
             if self._negligible(row, short):
                 continue
             allowed = max(row.allowed * problem.slack, problem.tolerated)
-            ratio = row.error / row.allowed if row.allowed > 0 else (0.0 if row.error == 0 else math.inf)
+            counted = max(row.allowed, problem.rounding)
+            ratio = row.error / counted if counted > 0 else (0.0 if row.error == 0 else math.inf)
             worst = ratio if not ratio <= worst else worst  # NaN wins
             if not row.error <= allowed < math.inf:
                 wrong[row.name] = max(wrong.get(row.name, 0.0), math.inf if math.isnan(ratio) else ratio)

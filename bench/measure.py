@@ -38,6 +38,7 @@ class Plan:
     runs: int = 20
     min_runs: int = 3
     budget_s: float = 30.0
+    gate_steps: int | None = None
     layers: int | None = None
     pattern: str | None = None
     commit: str | None = None
@@ -86,6 +87,7 @@ class _Group:
         }
         self.chosen = list(chosen)
         self.problems: dict[str, Problem] = {}
+        self.operators: dict[str, str] = {}  # of the problems that could be built, whatever became of them
         self.verdicts: dict[str, Verdict] = {}
         self.compile_s: dict[str, float] = {}
         self.failed: dict[str, tuple[str, str]] = {}  # provider → status, note
@@ -112,8 +114,8 @@ class _Group:
             name = provider.name
             on_run(f"{self.shape.name} {self.context.dtype_name} {name}: gate", number, len(self.chosen))
             try:
-                problem = provider.build[self.plan.kernel](self.context)
-                self.problems[name] = problem
+                problem = at_most(self.plan.gate_steps, provider.build[self.plan.kernel](self.context))
+                self.problems[name], self.operators[name] = problem, problem.operator
                 if problem.family not in judges:
                     judges[problem.family] = Judge(problem)
                 self.compile_s[name] = max(0.0, self.seconds(problem) - self.seconds(problem))
@@ -173,8 +175,7 @@ class _Group:
             else:
                 status, note = skipped.get(name) or self.failed[name]
                 columns = {**self.common, **self.gate_columns(name, mode)}
-                if name in self.problems:
-                    columns["operator"] = self.problems[name].operator
+                columns["operator"] = self.operators.get(name, "")
                 yield Row(**columns, provider=name, mode=mode, status=status, note=note)
 
     def gate_columns(self, name: str, mode: str) -> dict[str, Any]:
@@ -225,6 +226,14 @@ class _Group:
         return Row(**self.common, provider=name, mode="", operator="", status="missing", note=reason)
 
 
+def at_most(steps: int | None, problem: Problem) -> Problem:
+    """The problem with a gate that looks at so many steps at most."""
+    if steps is None or problem.steps is None or steps >= (problem.gate_steps or problem.steps):
+        return problem
+    yardstick = problem.yardstick_steps if problem.yardstick_steps and problem.yardstick_steps < steps else None
+    return dataclasses.replace(problem, gate_steps=steps, yardstick_steps=yardstick)
+
+
 def extra_verdict(problem: Problem, mode: str) -> Verdict:
     """The gate of what only one mode runs (a decoding step of a model)."""
     from m2rnn_compile.testing import compare
@@ -246,7 +255,7 @@ def run(plan: Plan, on_run: Progress = lambda what, done, total: None) -> Iterat
     clock = clock_for(plan.device)
     for shape in plan.shapes:
         for dtype in plan.dtypes:
-            on_run(f"{shape.name}: inputs", 0, 1)
+            on_run(f"{shape.name} T{shape.T}: inputs", 0, 1)
             group = _Group(plan, shape, dtype, chosen)
             group.build_and_gate(on_run)
             for mode in plan.modes:

@@ -24,21 +24,24 @@ def make_console(file: TextIO | None = None, *, stderr: bool = False) -> Console
     """A console for a stream: no escape codes at all unless it is a terminal and NO_COLOR is unset."""
     stream = file or (sys.stderr if stderr else sys.stdout)
     plain = bool(os.environ.get("NO_COLOR")) or not stream.isatty()
-    width = None if stream.isatty() else int(os.environ.get("COLUMNS") or PLAIN_WIDTH)
+    asked = os.environ.get("COLUMNS", "")
+    width = None if stream.isatty() else int(asked) if asked.isdecimal() and int(asked) else PLAIN_WIDTH
     options: dict[str, Any] = {"color_system": None, "no_color": True} if plain else {}
     return Console(file=stream, width=width, highlight=False, soft_wrap=False, legacy_windows=False, **options)
 
 
 @contextlib.contextmanager
 def progress() -> Iterator[measure.Progress]:
-    """Tell of progress on stderr: a bar on a terminal, else one line whenever what is done changes."""
+    """Tell of progress on stderr: a bar on a terminal, else a line for each thing that is done, once a problem."""
     console = make_console(stderr=True)
     if not console.is_terminal:
-        last = [""]
+        told: set[str] = set()
 
         def line(what: str, done: int, total: int) -> None:
-            if what != last[0]:
-                last[0] = what
+            if what.endswith(": inputs"):  # the next problem
+                told.clear()
+            if what not in told:
+                told.add(what)
                 print(what, file=sys.stderr, flush=True)
 
         yield line

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .arguments import MODES_OF, clip
 from .providers import PROVIDERS
@@ -52,10 +52,17 @@ side by side in rounds, caches flushed before each call; figures are medians wit
 they come: Ctrl-C keeps the finished ones."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage is for --help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m bench",
         description="Benchmarks and numerical checks of m2rnn_compile.",
         epilog=EXAMPLES + "\nexit codes: 0; 1 a check or limit failed; 2 bad arguments or files; 130 Ctrl-C",
@@ -73,7 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Error against the fp64 oracle: at most 2 x that of a low-precision eager run, for every output\n"
         "and gradient, per time slice; and the same bits on every repeat. Exit code 1 on failure.",
         epilog=f"examples:\n  python -m bench check\n  python -m bench check --preset A --dtype bf16 --provider triton "
-        f"--repeats 50\n\nby default three small awkward shapes: {'; '.join(map(str, CHECK_SHAPES))}",
+        f"--repeats 50\n\nby default three small awkward shapes: {'; '.join(map(str, CHECK_SHAPES))}\n"
+        "and triton on a GPU, reference, eager and cpp on a CPU; xma, the authors' kernel, by name only",
         formatter_class=formatter,
     )
     _add_common(checked, dtype="fp32 and bf16, and fp16 on a GPU")
@@ -97,14 +105,19 @@ def build_parser() -> argparse.ArgumentParser:
         "report",
         help="Markdown (and plots) of files of rows",
         description="Markdown on stdout or to --out; with --plot and matplotlib also latency.png, memory.png (against "
-        "T),\ntokens.png (tokens/s against context) and floor.png, as far as the rows have the figures.",
+        "T),\ntokens.png (tokens/s against context) and floor.png, as far as the rows have the figures.\n"
+        "With --summary one table, a line for each preset and mode, and one plot, summary.svg: time and memory\n"
+        "against T.",
         epilog="examples:\n  python -m bench report bench/results/op-h200-20261124.json\n"
-        "  python -m bench report sweep.jsonl --out report.md --plot plots/",
+        "  python -m bench report sweep.jsonl --out report.md --plot plots/\n"
+        "  python -m bench report op.jsonl sweep.jsonl --summary --provider triton,xma,fla-gdn,sdpa --plot plots/",
         formatter_class=formatter,
     )
     reported.add_argument("file", nargs="+", type=Path, metavar="FILE")
     reported.add_argument("--out", type=Path, metavar="FILE", help="where the Markdown goes (default: stdout)")
-    reported.add_argument("--plot", type=Path, metavar="FOLDER", help="write PNGs here (extra: plot)")
+    reported.add_argument("--plot", type=Path, metavar="FOLDER", help="write the plots here (extra: plot)")
+    reported.add_argument("--summary", action="store_true", help="one table and one plot instead of everything")
+    reported.add_argument("--provider", metavar="LIST", help="these only, in this order (default: all in the files)")
     reported.add_argument("--against", metavar="PROVIDER", help="whom ratios refer to")
 
     printed = commands.add_parser("show", help="print the tables of files again", formatter_class=formatter)
@@ -133,6 +146,12 @@ def _add_run(commands: argparse._SubParsersAction, kernel: str, formatter: Any) 
     parser.add_argument("--min-runs", type=int, default=3, help="runs even of what exceeds the budget (default: 3)")
     parser.add_argument(
         "--budget", type=float, default=1.0, metavar="SECONDS", help="per provider and mode (default: 1)"
+    )
+    parser.add_argument(
+        "--gate-steps",
+        type=int,
+        metavar="N",
+        help="let the correctness gate look at the first N steps only, and the row say so (default: all, for the scan)",
     )
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="rows to compare with")
     parser.add_argument(

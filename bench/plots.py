@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +45,25 @@ def _lines(path: Path, rows: Sequence[Row], keep: Callable[[Row], bool], value: 
     colour = _colours(rows)
     figure, axes = _figure(len(panels))
     for axis, (family, members) in zip(axes, sorted(panels.items()), strict=True):
-        for provider in sorted({row.provider for row in members}):
-            points = sorted((row.T, value(row)) for row in members if row.provider == provider)
-            where, values = [t for t, _ in points], [v for _, v in points]
-            axis.plot(where, values, marker="o", label=provider, color=colour[provider])
-        axis.set(title=", ".join(family), xlabel=x, ylabel=y, xscale="log", yscale="log")
-        axis.set_xticks(lengths[family], [f"{T:,}" for T in lengths[family]])
-        axis.set_xticks([], minor=True)
-        axis.yaxis.set_major_formatter("{x:,g}")
-        axis.yaxis.set_minor_formatter("")
-        axis.grid(True, which="both", alpha=0.3)
-        axis.legend(fontsize="small")
+        _against_length(axis, members, value, colour, ", ".join(family), x, y)
     return _save(figure, path)
+
+
+def _against_length(
+    axis: Any, members: Sequence[Row], value: Value, colour: Mapping[str, str], title: str, x: str, y: str
+) -> None:
+    """One line for each provider, both axes logarithmic, the lengths as ticks."""
+    for provider in dict.fromkeys(row.provider for row in members):
+        points = sorted((row.T, value(row)) for row in members if row.provider == provider)
+        axis.plot([t for t, _ in points], [v for _, v in points], marker="o", label=provider, color=colour[provider])
+    lengths = sorted({row.T for row in members})
+    axis.set(title=title, xlabel=x, ylabel=y, xscale="log", yscale="log")
+    axis.set_xticks(lengths, [f"{T:,}" for T in lengths])
+    axis.set_xticks([], minor=True)
+    axis.yaxis.set_major_formatter("{x:,g}")
+    axis.yaxis.set_minor_formatter("")
+    axis.grid(True, which="both", alpha=0.3)
+    axis.legend(fontsize="small")
 
 
 def _colours(rows: Sequence[Row]) -> dict[str, str]:
@@ -96,7 +103,14 @@ def _figure(panels: int) -> tuple[Any, list[Any]]:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=120)
+    if path.suffix == ".svg":  # the same rows give the same file
+        from matplotlib import rc_context
+
+        with rc_context({"svg.hashsalt": path.name}):
+            figure.savefig(path, metadata={"Date": None})
+        path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
+    else:
+        figure.savefig(path, dpi=120)
     return path
 
 
@@ -106,10 +120,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     Raises:
         ValueError: matplotlib is not installed, the folder cannot be written, or there is nothing to draw.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as e:
-        raise ValueError("--plot needs matplotlib: pip install 'm2rnn-compile[plot]', or pip install matplotlib") from e
+    _need_matplotlib()
     rows = _latest(rows)
     generating: Callable[[Row], bool] = lambda row: row.mode == "generate" or row.kernel == "step"
     passes: Callable[[Row], bool] = lambda row: not generating(row)
@@ -130,3 +141,38 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     if not paths:
         raise ValueError("--plot: no row has a figure to draw")
     return paths
+
+
+def draw_summary(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """One plot, summary.svg: time and peak memory against T of the problem that was measured at the most lengths.
+
+    Raises:
+        ValueError: matplotlib is not installed, the folder cannot be written, or nothing was measured at two lengths.
+    """
+    _need_matplotlib()
+    rows = [row for row in _latest(rows) if row.kernel == "op"]
+    panels = _panels(rows, lambda row: True, lambda row: row.median_ms)
+    # Of several modes at as many lengths the one that trains.
+    order = ("forward+backward", "forward", "inference", "backward")
+    rank = lambda item: (-len({row.T for row in item[1]}), order.index(item[1][0].mode))
+    (mode, sizes, dtype), members = min(panels.items(), key=rank, default=(("", "", ""), []))
+    if len({row.T for row in members}) < 2:
+        raise ValueError("--summary --plot: no problem of the op was measured at two lengths or more (--T)")
+    colour = _colours(rows)
+    figure, (time, memory) = _figure(2)
+    _against_length(time, members, lambda row: row.median_ms, colour, f"{mode}, {sizes}, {dtype}", "T", "median ms")
+    told = [row for row in members if row.peak_mib is not None]
+    title = f"{members[0].device}, torch {members[0].torch}"
+    _against_length(memory, told, lambda row: row.peak_mib, colour, title, "T", "peak MiB beyond the inputs")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return [_save(figure, folder / "summary.svg")]
+    except OSError as e:
+        raise ValueError(f"--plot {folder}: cannot be written ({e.strerror})") from e
+
+
+def _need_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as e:
+        raise ValueError("--plot needs matplotlib: pip install 'm2rnn-compile[plot]', or pip install matplotlib") from e

@@ -35,6 +35,8 @@ class Problem:
         family: problems of one family share inputs and truth.
         slack: how often the tolerance a *peer* may err; what we ship gets 1.
         tolerated: relative error that a *peer* may have whatever the tolerance is; what we ship gets 0.
+        rounding: of a *peer*: the error is told relative to at least this, for it rounds to its dtype on the way
+            whatever the dtype of a leaf.
         work: lower bounds of work by pass, empty if unknown.
         tokens: per call, for tokens/s.
         modes: others than the four of `differentiate`.
@@ -56,6 +58,7 @@ class Problem:
     yardstick_steps: int | None = None
     slack: float = 1.0
     tolerated: float = 0.0
+    rounding: float = 0.0
     work: dict[str, Work] = dataclasses.field(default_factory=dict)
     tokens: int = 0
     modes: dict[str, Variant] = dataclasses.field(default_factory=dict)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from .files import markdown_line
 from .rows import Row
+from .shapes import PRESETS
 from .tables import headline, mebibytes, milliseconds, reference_of, shape_of, thousands, what_it_computes
 
 _HEADER = (
@@ -63,3 +64,60 @@ def markdown(rows: Sequence[Row], against: str | None = None) -> str:
         lines += ["## Missing", "", *(f"- {provider}: {note}" for provider, note in absent.items()), ""]
     lines += ["## Where and with what", "", *(f"- {line}" for line in headline(present).splitlines())]
     return "\n".join(lines) + "\n"
+
+
+def _summary_cell(row: Row | None, base: Row) -> str:
+    if row is None:
+        return ""
+    if row.status != "ok" or row.median_ms is None:
+        return row.status
+    faster = ""
+    if row is not base and row.operator == base.operator and base.median_ms:
+        faster = f", {row.median_ms / base.median_ms:.2f}x"
+    peak = "" if row.peak_mib is None else f" ({mebibytes(row.peak_mib)})"
+    return f"{milliseconds(row.median_ms)}{peak}{faster}"
+
+
+def summary(rows: Sequence[Row], providers: Sequence[str]) -> str:
+    """One table: a line for each problem and mode, a column for each provider; then what they compute, and where.
+
+    A time of the same operator is followed by how often the first provider's it is. Left out are lines that have one
+    provider only, backward (it is a part of another mode), and presets at lengths that are not their own, if there are
+    others: a sweep over T is for the plot.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    latest = {row.key: row for row in rows if row.mode not in ("check", "backward") and row.status != "missing"}
+    if own := {key: row for key, row in latest.items() if row.shape not in PRESETS or row.T == PRESETS[row.shape].T}:
+        latest = own
+    lines: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in latest.values():
+        what = f"{row.kernel}, {row.dtype}" + ("" if row.kernel == "step" else f", clip {row.config.get('clip')}")
+        name = f"{row.shape}: " if row.shape in PRESETS else ""
+        lines.setdefault((what, f"{name}{shape_of(row)}", row.mode), {})[row.provider] = row
+    providers = [name for name in providers if any(name in line for line in lines.values())]
+    used: list[Row] = []
+    table = [markdown_line(["problem", "mode", *providers]), "|---" * (2 + len(providers)) + "|"]
+    lines = {key: line for key, line in lines.items() if len(line) >= min(2, len(providers))}
+    if not lines:
+        raise ValueError(
+            "--summary: no problem was measured with two providers; name one with --provider, or leave it out"
+        )
+    kinds = list(dict.fromkeys(what for what, _, _ in lines))
+    for (what, title, mode), line in lines.items():
+        title = title if len(kinds) == 1 else f"{what}, {title}"  # else the caption says it
+        base = next(line[name] for name in providers if name in line)
+        table.append(markdown_line([title, mode, *(_summary_cell(line.get(name), base) for name in providers)]))
+        used += line.values()
+    first = f"; of the same operator, time / that of {providers[0]}" if len(providers) > 1 else ""
+    caption = f"{kinds[0]}: m" if len(kinds) == 1 else "M"
+    caption += f"edian ms (peak MiB beyond the inputs){first}."
+    notes = dict.fromkeys(filter(None, (_without_sizes(what_it_computes(row)) for row in used if row.status == "ok")))
+    bullets = [f"- {line}" for line in (*notes, *headline(used).splitlines())]
+    return "\n".join([caption, "", *table, "", *bullets]) + "\n"
+
+
+def _without_sizes(note: str) -> str:
+    """What a peer computes, without the number of tokens, which differs from line to line."""
+    return note.partition("; tokens ")[0]

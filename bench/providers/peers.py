@@ -82,6 +82,7 @@ def peer_problem(
         gate_steps=min(shape.T, GATE_STEPS),
         slack=SLACK,
         tolerated=tolerated(context),
+        rounding=torch.finfo(context.dtype).eps,
         work=work,
         tokens=shape.B * shape.T,
     )
@@ -100,6 +101,7 @@ def step_problem(
         family=operator,
         slack=SLACK,
         tolerated=tolerated(context),
+        rounding=torch.finfo(context.dtype).eps,
         work=work,
         tokens=context.shape.B,
     )

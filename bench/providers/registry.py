@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -57,6 +58,7 @@ class Provider:
         why_not: why it cannot run on a device in this environment, or None. Must not compile anything.
         build: kernel → function that makes the problem; raises ValueError for a shape that it cannot do.
         kept: bytes that live from forward to backward beyond the results, estimated without running (kernel op).
+        in_backward: bytes that only backward holds, gradients left out, estimated likewise.
         version: of the package it comes from, where that is neither this one nor torch.
     """
 
@@ -67,6 +69,7 @@ class Provider:
     build: Mapping[str, Callable[[Context], Problem]]
     kept: Callable[[Shape, int], int]
     version: Callable[[], str] | None = None
+    in_backward: Callable[[Shape, int], int] = lambda shape, itemsize: 0
 
 
 def choose(
@@ -74,28 +77,31 @@ def choose(
 ) -> tuple[list[Provider], dict[str, str]]:
     """(providers to run, reasons of those that are missing). None takes the defaults of the device, ["all"] all.
 
+    Only those that are asked for are looked for, which imports their packages; all of them for the message of an error.
+
     Raises:
         ValueError: a name that is unknown or cannot run here; the message lists all of them, with reasons.
     """
-    reasons: dict[str, str | None] = {}
-    for provider in known:
-        if kernel not in provider.build:
-            reasons[provider.name] = f"has no {kernel}; it has {', '.join(provider.build)}"
-        else:
-            reasons[provider.name] = provider.why_not(device)
-    offered = [provider for provider in known if kernel in provider.build]
+    order = {provider.name: provider for provider in known}
+
+    @functools.cache
+    def reason(name: str) -> str | None:
+        if kernel not in order[name].build:
+            return f"has no {kernel}; it has {', '.join(order[name].build)}"
+        return order[name].why_not(device)
+
     if names is None or list(names) == ["all"]:
+        offered = [provider for provider in known if kernel in provider.build]
         wanted = [p for p in offered if names is not None or device.type in p.default_on]
-        chosen = [p for p in wanted if reasons[p.name] is None]
-        if chosen:
-            return chosen, {p.name: str(reasons[p.name]) for p in wanted if reasons[p.name] is not None}
+        missing = {p.name: why for p in wanted if (why := reason(p.name)) is not None}
+        if len(missing) < len(wanted):
+            return [p for p in wanted if p.name not in missing], missing
         bad: list[str] = []
     else:
-        bad = [name for name in names if reasons.get(name, "unknown") is not None]
+        bad = [name for name in names if name not in order or reason(name) is not None]
         if not bad:
-            order = {provider.name: provider for provider in known}
             return [order[name] for name in dict.fromkeys(names)], {}
-    lines = [f"{name}: {reason or 'available'}" for name, reason in reasons.items()]
-    unknown = [name for name in bad if name not in reasons]
+    lines = [f"{name}: {reason(name) or 'available'}" for name in order]
+    unknown = [name for name in bad if name not in order]
     what = f"unknown provider {', '.join(unknown)}" if unknown else f"{', '.join(bad) or 'nothing'} cannot run here"
     raise ValueError(f"--provider: {what}; for {kernel} on {device.type}: " + " | ".join(lines))

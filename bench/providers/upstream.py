@@ -105,8 +105,8 @@ def _build_step(context: Context) -> Problem:
     return ours.step_problem(context, _step, slack=SLACK, tolerated=tolerated(context))
 
 
-def _kept(shape: Shape, itemsize: int) -> int:
-    return itemsize * ours.state_elements(shape)  # every state, in the inputs' dtype
+def _in_backward(shape: Shape, itemsize: int) -> int:
+    return itemsize * ours.state_elements(shape)  # every state, computed again, in the inputs' dtype
 
 
 XMA = Provider(
@@ -115,6 +115,7 @@ XMA = Provider(
     default_on=("cuda",),
     why_not=why_not,
     build={"op": _build, "step": _build_step},
-    kept=_kept,
+    kept=lambda shape, itemsize: 0,
+    in_backward=_in_backward,
     version=version,
 )

@@ -15,6 +15,7 @@ from bench.shapes import parse_shape
 from m2rnn_compile import m2rnn
 from m2rnn_compile.testing import make_inputs, oracle, run_low_precision
 
+RECORD = str(record.RESULTS / "op-h200-20261124.json")
 SMALL = ["--shape", "B1,T5,N2,K3,V4", "--device", "cpu"]
 
 
@@ -48,7 +49,11 @@ def run(capsys, tmp_path):
         (["op", *SMALL, "--mode", "sideways"], "sideways: unknown for op"),
         (["step", *SMALL, "--mode", "backward"], "unknown for step"),
         (["op", *SMALL, "--dtype", "int8"], "'int8' is unknown"),
-        (["op", *SMALL, "--dtype", "fp32,"], "an empty item"),
+        (["op", *SMALL, "--dtype", "fp32,"], "--dtype 'fp32,': an empty item"),
+        (["op", *SMALL, "--provider", ""], "--provider '': an empty item"),
+        (["op", *SMALL, "--against", "nobody"], "--against 'nobody' is unknown; expected reference"),
+        (["op", *SMALL, "--gate-steps", "0"], "--gate-steps must be at least 1, got 0"),
+        (["op", *SMALL, "--seed", "x"], "invalid int value"),
         (["op", *SMALL, "--clip", "-1"], "neither a number"),
         (["op", *SMALL, "--runs", "0"], "at least 1"),
         (["op", *SMALL, "--budget", "nan"], "above 0"),
@@ -66,10 +71,15 @@ def run(capsys, tmp_path):
         (["model", *SMALL, "--layers", "0"], "--layers must be at least 1"),
         (["check", *SMALL, "--repeats", "-1"], "at least 0"),
         (["check", *SMALL, "--provider", "lstm"], "unknown provider lstm"),
-        (["check", *SMALL, "--clip", "soft"], "neither a number"),
+        (["check", *SMALL, "--clip", "soft"], "--clip: 'soft' is neither a number"),
+        (["check", *SMALL, "--clip", "1,"], "--clip '1,': an empty item"),
         (["show", "/nonexistent.json"], "cannot be read"),
         (["report", "/nonexistent.jsonl"], "cannot be read"),
+        (["report", RECORD, "--against", "nobody"], "--against 'nobody' is unknown; expected triton, xma"),
+        (["report", RECORD, "--provider", "triton,nobody"], "--provider 'nobody' is unknown; expected triton, xma"),
         (["compare", "one.jsonl"], "compare takes two files"),
+        (["compare", RECORD, RECORD, "--fail-above", "nan"], "--fail-above must be above 0, got nan"),
+        (["compare", "--rev", "HEAD", "--", "op", *SMALL, "--json"], "takes no .*--json"),
         (["compare", "--rev", "HEAD", "--", "fly"], "say what to run after --"),
         (["compare", "--rev", "no-such-revision", "--", "op", *SMALL], "git knows no such revision"),
         (["fly"], "invalid choice"),
@@ -79,8 +89,9 @@ def run(capsys, tmp_path):
 def test_bad_arguments_exit_with_2_and_one_line_that_says_why(argv, message, run):
     code, out, err = run(*argv, out=False)
     assert (code, out) == (2, "")
-    lines = [line for line in err.splitlines() if "error: " in line]
+    lines = [line for line in err.splitlines() if not line.startswith("running ")]
     assert len(lines) == 1
+    assert lines[0].startswith("error: ")
     assert re.search(message, lines[0])
 
 
@@ -226,7 +237,87 @@ def test_dry_run_shows_memory_and_runs_nothing(run, monkeypatch):
     assert not run.path.exists()
     assert "nothing was run" in out
     (xma,) = [line.split() for line in out.splitlines() if line.startswith("A ") and " xma " in line]
-    assert float(xma[xma.index("xma") + 3].replace(",", "")) > 5000  # MiB: every state in bf16
+    forward, both = (float(xma[xma.index("xma") + i].replace(",", "")) for i in (2, 3))
+    assert forward < 100
+    assert both > 5000  # MiB: every state in bf16
+    assert out.count("missing xma: ") == 1  # once, whatever the number of shapes
+
+
+def test_dry_run_of_a_step_predicts_a_step(run):
+    code, out, _ = run("step", "--preset", "cpu", "--provider", "cpp,sdpa", "--dry-run")
+    assert code == 0
+    cpp, sdpa = (line.split() for line in out.splitlines() if line.startswith("cpu "))
+    assert [float(x) for x in cpp[-2:]] == [0.07, 0.06]  # MiB: a state of 64 KiB and a token in, a state and y out
+    assert sdpa[-1] == "sdpa"
+
+
+def test_only_who_is_asked_for_is_looked_for(run, monkeypatch):
+    """Looking for a peer imports its package, which takes seconds."""
+    (eager,) = [provider for provider in measure.PROVIDERS if provider.name == "eager"]
+    other = dataclasses.replace(eager, name="other", why_not=lambda device: pytest.fail("looked for"))
+    monkeypatch.setattr(measure, "PROVIDERS", [other, eager])
+    assert run("op", *SMALL, "--provider", "eager", "--runs", "1", "--mode", "forward")[0] == 0
+
+
+def test_without_a_terminal_each_thing_that_is_done_is_a_line_once(run):
+    two = ["--shape", "B1,T5,N2,K3,V4", "--T", "5,6", "--device", "cpu"]
+    code, _, err = run("op", *two, "--provider", "eager,reference", "--runs", "4", "--mode", "forward")
+    assert code == 0
+    name = "B1,T5,N2,K3,V4"
+    lines = err.splitlines()
+    assert lines.count(f"{name} forward: eager") == lines.count(f"{name} forward: reference") == 2
+    assert [line for line in lines if line.endswith("inputs")] == [f"{name} T5: inputs", f"{name} T6: inputs"]
+    assert len(lines) == 2 * 7
+
+
+def test_a_peer_is_held_to_our_rule_by_name_only(monkeypatch):
+    checked = []
+    monkeypatch.setattr(check, "choose", lambda known, names, kernel, device: (checked.append(names), {}))
+    every = [dataclasses.replace(provider, why_not=lambda device: None) for provider in check.checkable()]
+    monkeypatch.setattr(check, "checkable", lambda: every)
+    assert list(check.run(check.CheckPlan([], [], None, [], torch.device("cuda")))) == []
+    assert checked == [["triton"]]
+
+
+def test_what_is_named_twice_is_run_once(run):
+    shape = ["--shape", "B1,T5,N2,K3,V4", "--shape", "B1,T5,N2,K3,V4", "--T", "5,5", "--device", "cpu"]
+    asked = ["--provider", "eager,eager", "--dtype", "fp32,float32", "--mode", "forward,forward", "--runs", "1"]
+    assert run("op", *shape, *asked)[0] == 0
+    assert len(run.rows()) == 1
+
+
+def test_a_gate_on_fewer_steps_is_told_in_the_row(run):
+    argv = ["op", *SMALL, "--provider", "eager", "--runs", "1", "--mode", "forward"]
+    assert run(*argv, "--gate-steps", "3")[0] == 0
+    assert [row.gate for row in run.rows()] == ["fp64 of an independent run, first 3 steps"]
+    assert run(*argv, "--gate-steps", "5")[0] == 0
+    assert [row.gate for row in run.rows()] == ["fp64 of an independent run, all steps"]
+
+
+@pytest.mark.parametrize("columns", ["many", "0", "-3", ""])
+def test_a_width_that_is_none_is_ignored(columns, run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert run("show", RECORD, out=False)[0] == 0
+
+
+def test_a_peer_that_fails_does_not_claim_to_compute_ours(run, monkeypatch):
+    from bench.providers import ours
+
+    def raises(**given):
+        raise RuntimeError("no kernel")
+
+    def peer(context):
+        return dataclasses.replace(ours.scan_problem(context, raises), operator="another one")
+
+    def not_built(context):
+        raise ValueError("wrong dtype")
+
+    monkeypatch.setattr(measure, "PROVIDERS", [_provider("peer", peer), _provider("none", not_built)])
+    assert run("op", *SMALL, "--provider", "peer,none", "--mode", "forward")[0] == 1
+    assert [(row.operator, row.status, row.note) for row in run.rows()] == [
+        ("another one", "failed", "RuntimeError: no kernel"),
+        ("", "failed", "ValueError: wrong dtype"),
+    ]
 
 
 def _provider(name, build):
@@ -361,6 +452,46 @@ def test_plots_are_drawn(run, tmp_path):
     assert run("report", str(record.RESULTS / "op-h200-20261124.json"), "--plot", str(folder), out=False)[0] == 0
     assert {path.name for path in folder.iterdir()} == {"latency.png", "memory.png", "floor.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.iterdir())
+
+
+def test_a_summary_is_one_table_and_one_plot(run, tmp_path, monkeypatch):
+    code, out, _ = run("report", RECORD, "--summary", "--provider", "triton,xma", out=False)
+    assert code == 0
+    assert [line.split(" | ")[2:] for line in out.splitlines() if line.startswith("| A: ")] == [
+        ["1.484 (429)", "4.112 (91), 2.77x |"],
+        ["6.717 (495)", "18.56 (5,578), 2.76x |"],
+    ]
+    apart = tmp_path / "apart.jsonl"
+    with files.Writer([apart]) as writer:
+        for row in files.read(record.RESULTS / "op-h200-20261124.json"):
+            if (row.provider == "xma") == (row.shape == "D"):
+                writer.append(row)
+    code, _, err = run("report", str(apart), "--summary", out=False)
+    assert code == 2
+    assert "no problem was measured with two providers" in err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = run("report", RECORD, "--summary", "--plot", str(tmp_path), out=False)
+    assert code == 2
+    assert "--plot needs matplotlib: pip install" in err
+
+
+def test_the_plot_of_a_summary_needs_lengths_and_is_the_same_every_time(run, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib (extra: plot) is not installed")
+    rows = [row for row in files.read(record.RESULTS / "op-h200-20261124.json") if row.shape == "C"]
+    path = tmp_path / "sweep.jsonl"
+    argv = ["report", str(path), "--summary", "--plot", str(tmp_path / "plots")]
+    for lengths, expected in ((1, 2), (2, 0), (2, 0)):
+        with files.Writer([path]) as writer:
+            for T in (16384, 32768)[:lengths]:
+                for row in rows:
+                    writer.append(dataclasses.replace(row, T=T))
+        code, _, err = run(*argv, out=False)
+        assert code == expected, err
+    plot = tmp_path / "plots/summary.svg"
+    first = plot.read_bytes()
+    assert b"<svg" in first
+    assert run(*argv, out=False)[0] == 0
+    assert plot.read_bytes() == first
 
 
 def test_check_exits_with_1_on_a_fault(run, monkeypatch):

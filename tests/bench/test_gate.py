@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bench import memory
+from bench import measure, memory
 from bench.gate import Judge
 from bench.measure import extra_verdict
 from bench.providers import Context, lm, ours
@@ -106,6 +106,27 @@ def test_a_peer_may_err_a_few_roundings_whatever_the_tolerance():
     assert verdict.ok
     assert verdict.ratio > 4  # the row still shows it
     assert not judge(dataclasses.replace(problem, slack=4.0, tolerated=1e-4)).ok
+
+
+def test_the_error_of_a_peer_is_told_relative_to_a_rounding_of_its_dtype():
+    """Of a leaf in fp32 among others in bf16, say, whose gradient a peer computes in bf16."""
+    problem = ours.scan_problem(context(), lambda **given: eager(**given) * 1.001)
+    rounding = torch.finfo(torch.bfloat16).eps
+    verdict = Judge(problem)(dataclasses.replace(problem, tolerated=8 * rounding, rounding=rounding))
+    assert verdict.ok
+    assert 0.1 < verdict.ratio < 1
+    assert not Judge(problem)(problem).ok
+
+
+def test_a_gate_may_be_told_to_look_at_fewer_steps(monkeypatch):
+    monkeypatch.setattr(ours, "ORACLE_STEPS", 16)  # beyond, the tolerance comes from 4 steps
+    problem = ours.scan_problem(context(), eager)
+    assert measure.at_most(None, problem) is problem
+    assert measure.at_most(problem.steps, problem) is problem
+    assert Judge(measure.at_most(8, problem)).against.endswith("first 8 steps, tolerance from 4")
+    assert Judge(measure.at_most(3, problem)).against.endswith("first 3 steps")
+    peer = dataclasses.replace(problem, gate_steps=6, yardstick_steps=None)
+    assert measure.at_most(8, peer) is peer
 
 
 def test_a_gate_on_the_first_steps_sees_faults_there_and_what_leaks_from_later_steps():

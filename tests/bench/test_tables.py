@@ -29,9 +29,7 @@ def row(provider, mode="forward", **columns):
         provider=provider,
         mode=mode,
         dtype="bfloat16",
-        shape="A",
-        **SIZES,
-        **{"config": CONFIG, **MACHINE, **columns},
+        **{"shape": "A", **SIZES, "config": CONFIG, **MACHINE, **columns},
     )
 
 
@@ -151,6 +149,28 @@ GPU tests: 1 failed, 1 passed
 test        outcome  why
 ----------------------------------
 t.py::b[x]  failed   assert 1 == 2
+""",
+        )
+
+    def test_summary(self):
+        sweep = [timed(name, ms, T=8192) for name, ms in (("triton", 3.0), ("xma", 9.0))]
+        backward = [timed(name, 5.0, "backward") for name in ("triton", "xma")]
+        alone = [timed("triton", 1.0, V=32)]
+        self.assertExpectedInline(
+            ascii_only(
+                report.summary([*sweep, *ROWS, *backward, *alone], ["triton", "xma", "sdpa", "fla-gdn", "mamba2"])
+            ),
+            """\
+op, bfloat16, clip 1.0: median ms (peak MiB beyond the inputs); of the same operator, time / that of triton.
+
+| problem | mode | triton | xma | sdpa | fla-gdn |
+|---|---|---|---|---|---|
+| A: B8 T4096 N84 K64 V16 | forward | 1.484 (429) | 4.112 (91), 2.77x | 0.660 | refused |
+| A: B8 T4096 N84 K64 V16 | forward+backward | 6.717 | oom |  |  |
+
+- xma (sources 0123456789ab) computes M2RNN
+- sdpa computes causal softmax attention, 16 heads of 64
+- 2026-01-02, NVIDIA H200, driver 580.1, torch 2.11.0, triton 3.6.0, Python 3.12.3, git abcdef012345
 """,
         )
 

@@ -25,6 +25,7 @@ from .ops import (
 if TYPE_CHECKING:
     from .fusion import FusionReport, enable_fusion, explain
     from .layers import M2RNN
+    from .tuned import load_tuned, tune
     from .warm import warmup
 
 __version__ = "0.1.0"
@@ -37,15 +38,25 @@ __all__ = [
     "enable_fusion",
     "explain",
     "explain_impl",
+    "load_tuned",
     "m2rnn",
     "m2rnn_decode_step",
     "m2rnn_fused",
     "m2rnn_step",
+    "tune",
     "warmup",
 ]
 
 
-_LAZY = {"M2RNN": "layers", "FusionReport": "fusion", "enable_fusion": "fusion", "explain": "fusion", "warmup": "warm"}
+_LAZY = {
+    "M2RNN": "layers",
+    "FusionReport": "fusion",
+    "enable_fusion": "fusion",
+    "explain": "fusion",
+    "load_tuned": "tuned",
+    "tune": "tuned",
+    "warmup": "warm",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops.validation import new_checkpoints
+from . import tuning
 from .backward import scan_backward_kernel
 from .config import LaunchConfig, backward_config, forward_config, next_power_of_2, shared_programs
 from .forward import scan_forward_kernel
@@ -62,6 +63,22 @@ def _shared_programs(v: Tensor, scans: int, warps: int, BV: int) -> int | None:
     return shared_programs(scans, warps, BV, _multiprocessors(v.device), hopper)
 
 
+def pinned_config(
+    direction: str, q: Tensor, k: Tensor, v: Tensor, f: Tensor, W: Tensor, chunk: int
+) -> tuple[LaunchConfig, str]:
+    """Without tuning, for an unpacked batch: the configuration, and of which kernel: portable, gluon or wide."""
+    scans, K, V = q.shape[0] * max(x.shape[2] for x in (q, k, v, f)), q.shape[3], v.shape[3]
+    BV, multiprocessors = max(16, next_power_of_2(V)), _multiprocessors(v.device)
+    gluon = bool(_numerics(v, None)["HARDWARE"]) and gluon_unsupported(v, K, chunk) is None
+    wide = gluon and warpgroups(v.device, BV)
+    if direction == "forward":
+        config = forward_config(scans, K, BV, multiprocessors, gluon, wide)
+    else:
+        config = backward_config(scans, K, BV, multiprocessors, wide)
+        gluon = gluon and (wide or BV <= 32)
+    return config, "wide" if wide else "gluon" if gluon else "portable"
+
+
 def _on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
@@ -108,6 +125,7 @@ def scan(
     if gluon is None:
         gluon = numerics["HARDWARE"] and gluon_unsupported(v, K, chunk) is None
     wide = gluon and warpgroups(v.device, BV)
+    config = config or tuning.chosen("forward", v.dtype, S * N, K, V)
     config = config or forward_config(S * N, K, BV, _multiprocessors(q.device), bool(gluon), wide)
     blocks = triton.cdiv(K, config.rows)
 
@@ -204,6 +222,7 @@ def scan_backward(
     wide = paired and gluon is not False and warpgroups(v.device, BV)
     if gluon is None:
         gluon = paired and (BV <= 32 or wide)  # at V = 64 the registers of one warp do not hold dW
+    config = config or tuning.chosen("backward", v.dtype, S * N, K, V)
     config = config or backward_config(S * N, K, BV, _multiprocessors(q.device), wide)
     blocks = triton.cdiv(K, config.rows)
     groups = _groups(N, q, k, v, f, W)

@@ -543,7 +543,7 @@ def plan(preset: str, steps: float) -> Iterator[tuple[str, str, Setting, int]]:
     variants = [model for model in MODELS if model not in (RECOMMENDED, PAPER, BY_HAND, *BASELINES)]
     if preset == "cpu":
         for model in (RECOMMENDED, PAPER, "gru", "gated deltanet [-1, 1]"):
-            yield "S3", model, Setting(scale(700), 1024, max(2, round(100 * min(1, steps))), scale(400)), 1
+            yield "S3", model, Setting(scale(700), 1024, max(2, round(100 * min(1, steps))), scale(250)), 1
         return
     if preset == "cpu-long":
         for task, length, polish in (("S5", 7000, 4000), ("S3", 1500, 1000), ("A5", 6000, 4000), ("parity", 800, 400)):

@@ -237,7 +237,7 @@ def _smooth(values: list[float]) -> list[float]:
 def main(argv: list[str] | None = None) -> int:
     parser = recipes.parser("layer_swap", __doc__ or "", {
         "cpu": "0.5M parameters, 4 layers, 0.1M bytes: shows the way, says nothing; under 5 minutes on 2 cores",
-        "h200": "20M parameters, 12 layers, 20M bytes, bf16, compiled; under 9 minutes on one GPU",
+        "h200": "20M parameters, 12 layers, 20M bytes, bf16, compiled; minutes a run on one GPU: use --only, --minutes",
         "cpu-long": "1M parameters, 4 layers, 2M bytes; about an hour on 2 cores",
     })  # fmt: skip
     parser.add_argument("--weights", type=Path, metavar="FOLDER", help="save the models there, for long_context.py")

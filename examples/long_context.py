@@ -193,7 +193,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 PRESETS = {
     "cpu": "the models of layer_swap.py's preset of this name; recall for 60 steps: shows the way; under 5 minutes",
-    "h200": "the same with 20M parameters; recall for 1500 steps; under 9 minutes on one GPU",
+    "h200": "the same with 20M parameters; recall for 1500 steps; on one GPU: --probe and --only pick, --minutes ends",
     "cpu-long": "the same with 1M parameters; recall for 600 steps; about an hour on 2 cores",
 }
 RECALL_STEPS = {"cpu": 60, "h200": 1500, "cpu-long": 600}

@@ -63,6 +63,17 @@ def test_running_products_are_those_of_permutations(tracking, task, size):
     assert tracking.word_problem(table, (9, 9), torch.Generator().manual_seed(0), 2)[0].max() < 2
 
 
+def test_noise_disturbs_q_k_and_v_in_training_only(tracking):
+    layer = tracking.MODELS[tracking.RECOMMENDED].make(tracking.WIDTH)
+    x = torch.randn(2, 200, tracking.WIDTH)
+    qkv, _, g = layer._project(x, pad=True)
+    layer.noise, layer.noise_generator = 0.5, torch.Generator().manual_seed(0)
+    noisy, _, same_g = layer.train()._project(x, pad=True)
+    assert (noisy - qkv).std().item() == pytest.approx(0.5, rel=0.05)
+    assert torch.equal(g, same_g)
+    assert torch.equal(layer.eval()._project(x, pad=True)[0], qkv)
+
+
 def test_exact_match_ends_at_the_first_wrong_product(tracking, monkeypatch):
     """A "model" that is right up to a place of its own in each sequence."""
     table = tracking.multiplication_table("S3")
@@ -85,11 +96,15 @@ def test_exact_match_ends_at_the_first_wrong_product(tracking, monkeypatch):
     assert got["token"][128] == pytest.approx(1 - 0.25 / 128, abs=2e-4)
 
 
-def test_stages_end_with_all_elements_at_full_length(tracking):
+def test_training_goes_from_few_elements_to_all_and_from_short_words_to_long(tracking):
     for size in (2, 6, 60, 120):
         stages = tracking.stages(size)
-        assert stages[-1] == (size, 128)
+        assert stages[-1] == (size, 16)
         assert stages == sorted(stages)
+    lengths, shares = zip(*tracking.POLISHING, strict=True)
+    assert lengths == tuple(sorted(lengths))
+    assert shares == tuple(sorted(shares))
+    assert (lengths[-1], shares[-1]) == (128, 1)
 
 
 @pytest.mark.parametrize("name", ["m2rnn, for state tracking", "m2rnn, the paper's block"])
@@ -122,7 +137,7 @@ def test_a_trained_model_solves_parity_at_many_times_its_length(tracking, monkey
     monkeypatch.setattr(tracking, "TEST_LENGTH", 256)
     monkeypatch.setattr(tracking, "LENGTHS", [16, 128, 256, 512, 4096][:3])
     spec = tracking.MODELS["m2rnn, for state tracking"]
-    training = tracking.Training(spec, "parity", tracking.Setting(400, 256, 10), 0, torch.device("cpu"))
+    training = tracking.Training(spec, "parity", tracking.Setting(400, 256, 10, 100), 0, torch.device("cpu"))
     for length in (8, 16):
         training.use(2, length)
         for _ in range(8):

@@ -111,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--data", type=_path, metavar="PATH", help="folder of text files (default: the standard library's sources)"
     )
     length = demo.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=_positive_int, help="optimizer steps (default: 1400)")
+    length.add_argument("--steps", type=_positive_int, help="optimizer steps (default: 1100)")
     length.add_argument("--minutes", type=_positive_float, help="train for about so long, measured on this machine")
     demo.add_argument("--out", type=_path, metavar="DIR", help="folder of the run (default: a new one below runs/)")
     demo.add_argument(

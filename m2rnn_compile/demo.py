@@ -45,7 +45,7 @@ MODEL = LMConfig(
     m2rnn=M2RNNConfig(num_heads=8, key_dim=32, value_dim=16),
     attention=AttentionConfig(num_heads=4),
 )
-STEPS = 1400
+STEPS = 1100
 HELD_OUT_BYTES = 250_000
 RUNS = Path("runs")
 EXPORTED, EXPECTED, RUN = "model.pt2", "expected.safetensors", "run.json"

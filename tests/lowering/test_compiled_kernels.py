@@ -29,6 +29,7 @@ from m2rnn_compile.lowering.triton.gluon import (
     _import_error,
     backward_gluon_kernel,
     backward_wide_kernel,
+    forward_fused_kernel,
     forward_gluon_kernel,
     forward_wide_kernel,
 )
@@ -42,9 +43,10 @@ D = dict(N=16, K=64, V=64, Gq=16, Gk=16, Gv=1, Gf=1, Gw=1, BV=64, PACKED=False)
 FORWARD = dict(HAS_H0=False, SAVE=True)
 BACKWARD = dict(HAS_DY=True, CLIP=1)
 LOW = {"q", "k", "v", "W", "dy"}
-GLUON_LOW = LOW | {"ckpt", "scratch", "dq", "dk", "dv"}
-STRIDE_ONE = {"q_sk", "k_sk", "v_sv", "dy_sv", "f_sn"}
+GLUON_LOW = LOW | {"ckpt", "scratch", "dq", "dk", "dv", "g", "o"}
+STRIDE_ONE = {"q_sk", "k_sk", "v_sv", "dy_sv", "f_sn", "g_sv"}
 UNALIGNED = {"T", "NC", "f_st", "f_sb", "chunk_first", "chunk_last", "window", "scans", "units"}
+FLOATS = {"clip", "eps"}
 
 
 class Resources(NamedTuple):
@@ -80,8 +82,8 @@ def compile_kernel(
             signature[name] = "*i32" if name in ("cu_ptr", "flags_ptr") else "*bf16" if low else "*fp32"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if name == "clip" else "i32"
-            if name not in UNALIGNED and name != "clip":
+            signature[name] = "fp32" if name in FLOATS else "i32"
+            if name not in UNALIGNED | FLOATS:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     Source = gluon_source() if gluon else ASTSource
     options = {"num_warps": warps, **({"maxnreg": registers} if registers else {})}
@@ -140,6 +142,17 @@ def gluon_kernels(capability: int) -> dict[str, Resources]:
     return {name: compile_kernel(k, c, capability, warps, most) for name, (k, c, warps, most) in plans.items()}
 
 
+def fused_kernels(capability: int) -> dict[str, Resources]:
+    """The scan with what stands around it, for inference: all of it at A, and the tail alone."""
+    if _import_error():
+        pytest.skip(str(_import_error()))
+    heads = {k: x for k, x in A.items() if k != "PACKED"}
+    around = dict(Gg=1, G_SHIFT=4, HAS_H0=False, HAS_D=True, ACT="silu", HEAD_NORM=False, HAS_WEIGHT=False)
+    fused = dict(heads, BK=64, C=32, **around)
+    plans = {"conv, tail": dict(fused, WIDTH=4, SHARED=capability == 90), "tail": dict(fused, WIDTH=0, SHARED=False)}
+    return {name: compile_kernel(forward_fused_kernel(), c, capability, 2, None) for name, c in plans.items()}
+
+
 def portable_kernels(capability: int) -> dict[str, Resources]:
     numerics = dict(DOT=tl.bfloat16, HARDWARE=True, C=64)
     forward = dict(A, BK=32, **FORWARD, **numerics)
@@ -170,6 +183,18 @@ forward D        | registers <= 255 | stack <= 256 | shared <= 91136
 backward A       | registers <= 255 | stack <= 128 | shared <= 26624
 backward B       | registers <= 255 | stack <= 128 | shared <= 26624
 backward C       | registers <= 255 | stack <= 128 | shared <= 11264
+""")
+
+    def test_fused_sm80(self) -> None:
+        self.check(fused_kernels(80), """\
+conv, tail       | registers <= 136 | stack <= 128 | shared <= 37888
+tail             | registers <= 136 | stack <= 128 | shared <= 29696
+""")
+
+    def test_fused_sm90(self) -> None:
+        self.check(fused_kernels(90), """\
+conv, tail       | registers <= 255 | stack <= 128 | shared <= 37888
+tail             | registers <= 152 | stack <= 128 | shared <= 29696
 """)
 
     def test_portable_sm90(self) -> None:

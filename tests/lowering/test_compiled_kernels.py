@@ -24,7 +24,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from m2rnn_compile.lowering.triton.backward import scan_backward_kernel
+from m2rnn_compile.lowering.triton.conv import conv_backward_kernel, conv_forward_kernel
 from m2rnn_compile.lowering.triton.forward import scan_forward_kernel
+from m2rnn_compile.lowering.triton.fused_tail import norm_kernel
 from m2rnn_compile.lowering.triton.gluon import (
     _import_error,
     backward_gluon_kernel,
@@ -33,6 +35,7 @@ from m2rnn_compile.lowering.triton.gluon import (
     forward_gluon_kernel,
     forward_wide_kernel,
 )
+from m2rnn_compile.lowering.triton.prologue import prologue_kernel
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 needs_tools = pytest.mark.skipif(not (BIN / "cuobjdump").exists(), reason="this Triton has no NVIDIA tools with it")
@@ -163,6 +166,19 @@ def portable_kernels(capability: int) -> dict[str, Resources]:
     }
 
 
+def kernels_around(capability: int) -> dict[str, Resources]:
+    """What stands around the scan of inference: convolution of q | k and gates, norm; the convolution by itself."""
+    conv = dict(C=1472, WIDTH=4, PACKED=False, FAST=True, BC=128)
+    before = dict(C=128, WIDTH=4, NF=84, FORGET="decay", FAST=True, STEPS=32, BC=128, BF=128)
+    norm = dict(F=1344, HAS_W=True, BF=2048, ROWS=2)
+    return {
+        "prologue": compile_kernel(prologue_kernel, before, capability, 4, None),
+        "norm": compile_kernel(norm_kernel, norm, capability, 4, None),
+        "conv": compile_kernel(conv_forward_kernel, dict(conv, STEPS=64), capability, 1, None),
+        "conv backward": compile_kernel(conv_backward_kernel, dict(conv, STEPS=128), capability, 1, None),
+    }
+
+
 @needs_tools
 class CompiledKernels(TestCase):
     def check(self, measured: dict[str, Resources], recorded: str) -> None:
@@ -195,6 +211,14 @@ tail             | registers <= 136 | stack <= 128 | shared <= 29696
         self.check(fused_kernels(90), """\
 conv, tail       | registers <= 255 | stack <= 128 | shared <= 37888
 tail             | registers <= 152 | stack <= 128 | shared <= 29696
+""")
+
+    def test_around_sm90(self) -> None:
+        self.check(kernels_around(90), """\
+prologue         | registers <= 176 | stack <= 128 | shared <= 1024
+norm             | registers <= 48 | stack <= 128 | shared <= 1024
+conv             | registers <= 72 | stack <= 128 | shared <= 0
+conv backward    | registers <= 104 | stack <= 128 | shared <= 0
 """)
 
     def test_portable_sm90(self) -> None:

@@ -23,12 +23,33 @@ WARPS = 4
 
 
 @triton.jit
-def forget(x, A_log, dt_bias, FORGET: tl.constexpr):
+def convolve(x_at, w_ptr, y_at, t, c, T, x_st, C: tl.constexpr, WIDTH: tl.constexpr, FAST: tl.constexpr,
+             STEPS: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """Steps t of channels c; x_at and y_at are where their sequence begins."""
+    in_time = (t < T)[:, None]
+    in_channels = (c < C)[None, :]
+    a = tl.zeros((STEPS, BC), tl.float32)
+    for j in tl.static_range(WIDTH):
+        w = tl.load(w_ptr + c * WIDTH + (WIDTH - 1 - j), mask=c < C, other=0.0).to(tl.float32)
+        ok = (t >= j)[:, None] & in_time & in_channels
+        x = tl.load(x_at + (t - j)[:, None] * x_st + c[None, :], mask=ok, other=0.0)
+        a += x.to(tl.float32) * w[None, :]
+    y = a * logistic(a, FAST)
+    tl.store(y_at + t[:, None] * C + c[None, :], y.to(y_at.dtype.element_ty), mask=in_time & in_channels)
+
+
+@triton.jit
+def gates(x_at, A_log_ptr, dt_bias_ptr, f_at, t, n, T, f_st, f_sn, NF: tl.constexpr, FORGET: tl.constexpr):
     """The factor from its raw input. Exact exp: f near 1 is taken to a power of thousands of steps."""
-    if FORGET == "sigmoid":
-        return tl.div_rn(1.0, 1.0 + exponential(-x))
+    ok = (t < T)[:, None] & (n < NF)[None, :]
+    x = tl.load(x_at + t[:, None] * f_st + n[None, :] * f_sn, mask=ok, other=0.0).to(tl.float32)
+    if FORGET == "decay":
+        A_log = tl.load(A_log_ptr + n, mask=n < NF, other=0.0).to(tl.float32)[None, :]
+        dt_bias = tl.load(dt_bias_ptr + n, mask=n < NF, other=0.0).to(tl.float32)[None, :]
+        f = exponential(-exponential(A_log) * softplus(x + dt_bias))
     else:
-        return exponential(-exponential(A_log) * softplus(x + dt_bias))
+        f = tl.div_rn(1.0, 1.0 + exponential(-x))
+    tl.store(f_at + t[:, None] * NF + n[None, :], f, mask=ok)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -43,25 +64,11 @@ def prologue_kernel(
     b = tl.program_id(2).to(tl.int64)
     if tl.program_id(0) * BC < C:
         c = tl.program_id(0) * BC + tl.arange(0, BC)
-        a = tl.zeros((STEPS, BC), tl.float32)
-        for j in tl.static_range(WIDTH):
-            w = tl.load(w_ptr + c * WIDTH + (WIDTH - 1 - j), mask=c < C, other=0.0).to(tl.float32)
-            ok = ((t >= j) & (t < T))[:, None] & (c < C)[None, :]
-            x = tl.load(x_ptr + b * x_sb + (t - j)[:, None] * x_st + c[None, :], mask=ok, other=0.0)
-            a += x.to(tl.float32) * w[None, :]
-        y = a * logistic(a, FAST)
-        ok = (t < T)[:, None] & (c < C)[None, :]
-        tl.store(y_ptr + (b * T + t)[:, None] * C + c[None, :], y.to(y_ptr.dtype.element_ty), mask=ok)
+        convolve(x_ptr + b * x_sb, w_ptr, y_ptr + b * T * C, t, c, T, x_st, C, WIDTH, FAST, STEPS, BC)
     else:
         n = tl.arange(0, BF)
-        ok = (t < T)[:, None] & (n < NF)[None, :]
-        x = tl.load(x_f_ptr + b * f_sb + t[:, None] * f_st + n[None, :] * f_sn, mask=ok, other=0.0).to(tl.float32)
-        A_log = tl.zeros((1, BF), tl.float32)
-        dt_bias = A_log
-        if FORGET == "decay":
-            A_log = tl.load(A_log_ptr + n, mask=n < NF, other=0.0).to(tl.float32)[None, :]
-            dt_bias = tl.load(dt_bias_ptr + n, mask=n < NF, other=0.0).to(tl.float32)[None, :]
-        tl.store(f_ptr + (b * T + t)[:, None] * NF + n[None, :], forget(x, A_log, dt_bias, FORGET), mask=ok)
+        f_at = f_ptr + b * T * NF
+        gates(x_f_ptr + b * f_sb, A_log_ptr, dt_bias_ptr, f_at, t, n, T, f_st, f_sn, NF, FORGET)
 
 
 def before_scan(

@@ -202,9 +202,12 @@ def _fused_scan_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     if chunk < 0:
         raise ValueError(f"m2rnn: `chunk` must be >= 0 (0: inference, no checkpoints), got {chunk}")
     lowering = registry.lowering_for(impl, q.device, (q, k, v, f, W, initial_state, cu_seqlens))
-    f_ = prologue(f, A_log, dt_bias, forget, state_dtype(v))
-    scan_arguments = (q, k, v, f_, W, initial_state, cu_seqlens, clip, chunk)
     fused = _tail_kernels(lowering)
+    if fused is None:
+        f_ = prologue(f, A_log, dt_bias, forget, state_dtype(v))
+    else:
+        f_ = fused.forget_gate(f, A_log, dt_bias, forget)
+    scan_arguments = (q, k, v, f_, W, initial_state, cu_seqlens, clip, chunk)
     if fused is not None:
         result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = fused.fused_scan(
             *scan_arguments, D, g, norm_weight, activation, norm, norm_eps, out_dtype

@@ -139,3 +139,33 @@ def test_conv_kernels(width: int, packed: bool) -> None:
         torch.testing.assert_close(a, b.float())
     assert kernels.conv_silu(x[:, :0], w, None).shape == (B, 0, C)
     assert kernels.conv_silu_backward(dy[:, :0], x[:, :0], w, None)[1].abs().sum() == 0
+
+
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("forget", ["decay", "sigmoid", "none"])
+def test_what_stands_in_front_of_the_scan(width: int, forget: str) -> None:
+    """Several programs in time, channels that fill none, slices of a wider tensor; either part alone."""
+    from m2rnn_compile.lowering.triton.prologue import before_scan
+    from m2rnn_compile.ops import conv as equations
+
+    B, T, C, N = 2, 21, 150, 5
+    wide = torch.randn(B, T, C + N + 4)
+    x, f, w = wide[..., :C], wide[..., C + 1 : C + 1 + N], torch.randn(C, width)
+    gate = (torch.randn(N), torch.randn(N) - 3) if forget == "decay" else (None, None)
+    y, factor = before_scan(x, w, f, *gate, forget, steps=8)
+    torch.testing.assert_close(y, equations.conv_silu(x.double(), w.double(), None).float())
+    expected = op.prologue(f.double(), *(None if p is None else p.double() for p in gate), forget, torch.float64)
+    torch.testing.assert_close(factor, expected.float(), atol=0, rtol=1e-6)
+    nothing, alone = before_scan(None, None, f, *gate, forget, steps=8)
+    assert nothing is None
+    assert torch.equal(alone, factor)
+
+
+@pytest.mark.parametrize("weight", [True, False])
+def test_norm_in_place(weight: bool) -> None:
+    from m2rnn_compile.lowering.triton.fused_tail import norm_kernel
+
+    x, w = torch.randn(7, 48), torch.randn(48) if weight else None
+    expected = torch.nn.functional.rms_norm(x.double(), (48,), None if w is None else w.double(), 1e-3)
+    norm_kernel[(4,)](x, x if w is None else w, 7, 1e-3, F=48, HAS_W=weight, BF=64, ROWS=2)
+    torch.testing.assert_close(x, expected.float())

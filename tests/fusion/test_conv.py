@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import opcheck
 
-from m2rnn_compile import M2RNN, enable_fusion
+from m2rnn_compile import M2RNN, enable_fusion, m2rnn
 from m2rnn_compile.layers.conv import CausalConv
 from m2rnn_compile.layers.mixer import positions_in_sequence
 from tests.fusion.compiling import ON_CPU, Rewriting
@@ -137,6 +137,107 @@ def make_layer(**options: int) -> M2RNN:
 def test_left_padding_fuses(conv_on_cpu: None) -> None:
     mask = torch.arange(T)[None] >= torch.tensor([[0], [5]])
     assert "causal conv, SiLU" in seen(make_layer(), attention_mask=mask)[0]
+
+
+# ---- inference: one op from the projection on -----------------------------------------------------------------------
+
+WHOLE = ("causal conv, SiLU", "q | k | v as one tensor", "decay gate", "D ⊙ v", "SiLU(g)", "RMSNorm over N·V")
+
+
+def inference(layer: M2RNN, *args: Tensor, **options: object) -> tuple[str, tuple[str, ...]]:
+    """(the rewritten graph, what it says is fused) without a gradient, after a look at the values."""
+    backend = Rewriting()
+    with torch.no_grad():
+        got = torch.compile(layer, backend=backend, fullgraph=True)(*args, **options)
+        expected = layer(*args, **options)
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+    return backend.graphs[0][1], backend.records[0].fused
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_inference_is_one_op(conv_on_cpu: None, packed: bool) -> None:
+    options = dict(cu_seqlens=torch.tensor(SEQLENS)) if packed else {}
+    graph, parts = inference(make_layer(), torch.randn(1 if packed else B, T, 32), **options)
+    assert parts == WHOLE
+    assert "m2rnn.fused_scan_conv" in graph
+    for other in ("conv_silu", "fused_scan_packed", "softplus", "silu("):
+        assert other not in graph
+
+
+def test_a_prefill_continues_without_the_convolution_inside(conv_on_cpu: None) -> None:
+    """The window of the cache stands before x, which is another convolution; the rest is one op still."""
+    layer = make_layer()
+    graph, parts = inference(layer, torch.randn(B, T, 32), cache=layer.init_cache(B))
+    assert parts == WHOLE[1:]
+    assert "m2rnn.fused_scan_conv" in graph
+    assert "silu(" in graph
+
+
+def test_training_keeps_two_ops(conv_on_cpu: None) -> None:
+    backend = Rewriting()
+    torch.compile(make_layer(), backend=backend, fullgraph=True)(torch.randn(B, T, 32))
+    assert "fused_scan_conv" not in backend.graphs[0][1]
+    assert "conv_silu" in backend.graphs[0][1]
+
+
+class UsesTheConvolution(torch.nn.Module):
+    """Not only the scan wants what SiLU leaves: it has to be there."""
+
+    def __init__(self, write: bool) -> None:
+        super().__init__()
+        self.layer, self.write = make_layer(), write
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        raw, x_f, g = layer._project(x, pad=True)
+        qkv = F.silu(layer.conv1d(raw)[0])
+        if self.write:
+            raw.mul_(2)
+        q, k, v = layer._heads(qkv)
+        y = m2rnn(q, k, v, layer.decay_gate(x_f), layer.state_weight).y
+        o = layer._gate_and_norm(y, v, g)
+        return o + raw.sum() if self.write else o + qkv.sum()
+
+
+@pytest.mark.parametrize("write", [False, True])
+def test_a_convolution_that_others_use_or_write_over_stays(conv_on_cpu: None, write: bool) -> None:
+    graph, _ = inference(UsesTheConvolution(write), torch.randn(B, T, 32))  # type: ignore[arg-type]
+    assert "m2rnn.conv_silu" in graph
+    assert "m2rnn.fused_scan_conv" in graph
+
+
+def whole_arguments(conv: bool, packed: bool = False) -> tuple[object, ...]:
+    N, K, V = 4, 5, 3
+    x = torch.randn(1 if packed else B, T, 2 * K + N * V)
+    cu = torch.tensor(SEQLENS) if packed else None
+    return (
+        x, torch.randn(x.shape[2], 4) if conv else None, position() if packed and conv else None, [1, 1, N, K, V],
+        torch.randn(*x.shape[:2], N), 0.3 * torch.randn(N, V, V), torch.randn(N), torch.randn(N), torch.randn(N, V),
+        torch.randn(*x.shape[:2], N, V), torch.randn(N, V), None, cu, 1.0, "decay", "silu", "all", 1e-5, torch.float32,
+        "auto",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("conv", [True, False])
+def test_opcheck_and_values_of_the_whole(conv: bool, packed: bool) -> None:
+    x, weight, where, sizes, *rest, impl = whole_arguments(conv, packed)
+    op = torch.ops.m2rnn.fused_scan_conv
+    opcheck(op.default, (x, weight, where, sizes, *rest, impl))
+    qkv = torch.ops.m2rnn.conv_silu(x, weight, where) if conv else x
+    expected = torch.ops.m2rnn.fused_scan_packed(qkv, sizes, *rest, 0, impl)
+    for a, b in zip(op(x, weight, where, sizes, *rest, impl), expected[:2], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_whole_has_no_backward_and_refuses_positions_without_a_convolution() -> None:
+    x, *rest = whole_arguments(True)
+    assert isinstance(x, Tensor)
+    o, _ = torch.ops.m2rnn.fused_scan_conv(x.requires_grad_(), *rest)
+    with pytest.raises(RuntimeError, match="for inference and has no backward"):
+        o.sum().backward()
+    with pytest.raises((ValueError, RuntimeError), match="`position` goes with `conv_weight`"):
+        torch.ops.m2rnn.fused_scan_conv(x.detach(), None, torch.arange(T), *rest[2:])
 
 
 def test_off_unless_asked_for(conv_on_cpu: None) -> None:

@@ -135,6 +135,24 @@ bfloat16[32768, 1024]
 Inductor's kernels: 79 MB, all: 1130 MB""",
         )
 
+    def test_whole(self) -> None:
+        """With `conv=True`: nothing is left between the two products but the op."""
+        pytest.importorskip("triton")
+        assert_expected_inline(
+            generated("whole"),
+            """\
+launches:
+triton_poi
+extern_kernels.mm
+m2rnn.fused_scan_conv
+extern_kernels.mm
+buffers:
+bfloat16[2944, 1024]
+bfloat16[32768, 2944]
+bfloat16[32768, 1024]
+Inductor's kernels: 3 MB, all: 717 MB""",
+        )
+
     def test_opaque(self) -> None:
         pytest.importorskip("triton")
         assert_expected_inline(

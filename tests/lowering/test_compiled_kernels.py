@@ -24,14 +24,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from m2rnn_compile.lowering.triton.backward import scan_backward_kernel
+from m2rnn_compile.lowering.triton.conv import conv_backward_kernel, conv_forward_kernel
 from m2rnn_compile.lowering.triton.forward import scan_forward_kernel
+from m2rnn_compile.lowering.triton.fused_tail import norm_kernel
 from m2rnn_compile.lowering.triton.gluon import (
     _import_error,
     backward_gluon_kernel,
     backward_wide_kernel,
+    forward_fused_kernel,
     forward_gluon_kernel,
     forward_wide_kernel,
 )
+from m2rnn_compile.lowering.triton.prologue import prologue_kernel
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 needs_tools = pytest.mark.skipif(not (BIN / "cuobjdump").exists(), reason="this Triton has no NVIDIA tools with it")
@@ -42,9 +46,10 @@ D = dict(N=16, K=64, V=64, Gq=16, Gk=16, Gv=1, Gf=1, Gw=1, BV=64, PACKED=False)
 FORWARD = dict(HAS_H0=False, SAVE=True)
 BACKWARD = dict(HAS_DY=True, CLIP=1)
 LOW = {"q", "k", "v", "W", "dy"}
-GLUON_LOW = LOW | {"ckpt", "scratch", "dq", "dk", "dv"}
-STRIDE_ONE = {"q_sk", "k_sk", "v_sv", "dy_sv", "f_sn"}
+GLUON_LOW = LOW | {"ckpt", "scratch", "dq", "dk", "dv", "g", "o"}
+STRIDE_ONE = {"q_sk", "k_sk", "v_sv", "dy_sv", "f_sn", "g_sv"}
 UNALIGNED = {"T", "NC", "f_st", "f_sb", "chunk_first", "chunk_last", "window", "scans", "units"}
+FLOATS = {"clip", "eps"}
 
 
 class Resources(NamedTuple):
@@ -80,8 +85,8 @@ def compile_kernel(
             signature[name] = "*i32" if name in ("cu_ptr", "flags_ptr") else "*bf16" if low else "*fp32"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if name == "clip" else "i32"
-            if name not in UNALIGNED and name != "clip":
+            signature[name] = "fp32" if name in FLOATS else "i32"
+            if name not in UNALIGNED | FLOATS:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     Source = gluon_source() if gluon else ASTSource
     options = {"num_warps": warps, **({"maxnreg": registers} if registers else {})}
@@ -140,6 +145,17 @@ def gluon_kernels(capability: int) -> dict[str, Resources]:
     return {name: compile_kernel(k, c, capability, warps, most) for name, (k, c, warps, most) in plans.items()}
 
 
+def fused_kernels(capability: int) -> dict[str, Resources]:
+    """The scan with what stands around it, for inference: all of it at A, and the tail alone."""
+    if _import_error():
+        pytest.skip(str(_import_error()))
+    heads = {k: x for k, x in A.items() if k != "PACKED"}
+    around = dict(Gg=1, G_SHIFT=4, HAS_H0=False, HAS_D=True, ACT="silu", HEAD_NORM=False, HAS_WEIGHT=False)
+    fused = dict(heads, BK=64, C=32, **around)
+    plans = {"conv, tail": dict(fused, WIDTH=4, SHARED=capability == 90), "tail": dict(fused, WIDTH=0, SHARED=False)}
+    return {name: compile_kernel(forward_fused_kernel(), c, capability, 2, None) for name, c in plans.items()}
+
+
 def portable_kernels(capability: int) -> dict[str, Resources]:
     numerics = dict(DOT=tl.bfloat16, HARDWARE=True, C=64)
     forward = dict(A, BK=32, **FORWARD, **numerics)
@@ -147,6 +163,19 @@ def portable_kernels(capability: int) -> dict[str, Resources]:
     return {
         "forward": compile_kernel(scan_forward_kernel, forward, capability, 1, None),
         "backward": compile_kernel(scan_backward_kernel, backward, capability, 1, None),
+    }
+
+
+def kernels_around(capability: int) -> dict[str, Resources]:
+    """What stands around the scan of inference: convolution of q | k and gates, norm; the convolution by itself."""
+    conv = dict(C=1472, WIDTH=4, PACKED=False, FAST=True, BC=128)
+    before = dict(C=128, WIDTH=4, NF=84, FORGET="decay", FAST=True, STEPS=32, BC=128, BF=128)
+    norm = dict(F=1344, HAS_W=True, BF=2048, ROWS=2)
+    return {
+        "prologue": compile_kernel(prologue_kernel, before, capability, 4, None),
+        "norm": compile_kernel(norm_kernel, norm, capability, 4, None),
+        "conv": compile_kernel(conv_forward_kernel, dict(conv, STEPS=64), capability, 1, None),
+        "conv backward": compile_kernel(conv_backward_kernel, dict(conv, STEPS=128), capability, 1, None),
     }
 
 
@@ -170,6 +199,26 @@ forward D        | registers <= 255 | stack <= 256 | shared <= 91136
 backward A       | registers <= 255 | stack <= 128 | shared <= 26624
 backward B       | registers <= 255 | stack <= 128 | shared <= 26624
 backward C       | registers <= 255 | stack <= 128 | shared <= 11264
+""")
+
+    def test_fused_sm80(self) -> None:
+        self.check(fused_kernels(80), """\
+conv, tail       | registers <= 136 | stack <= 128 | shared <= 37888
+tail             | registers <= 136 | stack <= 128 | shared <= 29696
+""")
+
+    def test_fused_sm90(self) -> None:
+        self.check(fused_kernels(90), """\
+conv, tail       | registers <= 255 | stack <= 128 | shared <= 37888
+tail             | registers <= 152 | stack <= 128 | shared <= 29696
+""")
+
+    def test_around_sm90(self) -> None:
+        self.check(kernels_around(90), """\
+prologue         | registers <= 176 | stack <= 128 | shared <= 1024
+norm             | registers <= 48 | stack <= 128 | shared <= 1024
+conv             | registers <= 72 | stack <= 128 | shared <= 0
+conv backward    | registers <= 104 | stack <= 128 | shared <= 0
 """)
 
     def test_portable_sm90(self) -> None:

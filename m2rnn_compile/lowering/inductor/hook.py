@@ -39,7 +39,8 @@ def torch_version() -> tuple[int, int]:
 def _source_hash() -> str:
     """Of all files that the rewrite's outcome depends on: Inductor's caches on disk go by it."""
     here = Path(__file__).parent
-    files = [*sorted(here.glob("*.py")), *(here.parents[1] / "ops" / name for name in ("conv.py", "fused.py"))]
+    ops = ("conv.py", "fused.py", "fused_conv.py")
+    files = [*sorted(here.glob("*.py")), *(here.parents[1] / "ops" / name for name in ops)]
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()
 
 

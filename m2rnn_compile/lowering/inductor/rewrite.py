@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from ...ops.fusion_switch import FusionSettings
-from .match import SCAN, Match, match, name, value
+from .match import SCAN, Match, _mutation, match, name, value
 from .match_conv import Conv, match_conv
 
 FUSED_SCAN = torch.ops.m2rnn.fused_scan.default
 FUSED_SCAN_PACKED = torch.ops.m2rnn.fused_scan_packed.default
+FUSED_SCAN_CONV = torch.ops.m2rnn.fused_scan_conv.default
 CONV_SILU = torch.ops.m2rnn.conv_silu.default
 
 
@@ -68,17 +69,18 @@ def _fuse_one(graph: Graph, scan: Node, settings: FusionSettings) -> FusionRecor
     left, parts = [], list(tail)
     if m.stopped:
         left.append(f"behind the tail: {m.stopped}")
+    conv: Conv | str = match_conv(m.qkv) if m.qkv is not None and settings.conv else ""
+    if isinstance(conv, Conv):
+        conv = _conv_why_not(conv) or conv
+    whole = settings.conv and m.qkv is not None and scan.args[8] == 0  # without a backward: one op for all of it
     if m.forget == "none":
         if m.prologue_stopped:
             left.append(f"forget gate: {m.prologue_stopped}")
-    elif settings.prologue:
+    elif settings.prologue or whole:
         parts = m.prologue_parts() + parts
     else:
         left.append(f"{m.prologue_parts()[0]}: one small pass either way, left to the compiler")
         m = dataclasses.replace(m, forget="none", x_f=None, A_log=None, dt_bias=None)
-    conv: Conv | str = match_conv(m.qkv) if m.qkv is not None and settings.conv else ""
-    if isinstance(conv, Conv):
-        conv = _conv_why_not(conv) or conv
     if m.qkv is not None:
         parts.insert(0, "q | k | v as one tensor")
     if isinstance(conv, Conv):
@@ -86,9 +88,14 @@ def _fuse_one(graph: Graph, scan: Node, settings: FusionSettings) -> FusionRecor
     elif conv:
         left.append(f"in front of q | k | v: {conv}")
     record = _record(scan, m, parts, left)
-    _replace(graph, m)
-    if isinstance(conv, Conv):
-        _replace_conv(graph, conv)
+    fused = _replace(graph, m)
+    whole = whole and all(user.args[1] in (0, 1) for user in fused.users)
+    found = conv if isinstance(conv, Conv) else None
+    if found is not None and not (whole and _can_absorb(found, fused)):
+        _replace_conv(graph, found)
+        found = None
+    if whole:
+        _replace_whole(graph, fused, found)
     return record
 
 
@@ -194,7 +201,7 @@ def _out_dtype(last: Node, v: Tensor) -> torch.dtype:
     return out
 
 
-def _replace(graph: Graph, m: Match) -> None:
+def _replace(graph: Graph, m: Match) -> Node:
     assert m.last is not None
     scan, last = m.scan, m.last
     q, k, v, f, W, initial_state, cu_seqlens, clip, chunk, impl = scan.args
@@ -227,6 +234,34 @@ def _replace(graph: Graph, m: Match) -> None:
         user.replace_all_uses_with(outputs[user.args[1]]) if user.args[1] != 0 else None
     _sort(graph)
     _erase_dead(graph, last)
+    return fused
+
+
+def _can_absorb(conv: Conv, fused: Node) -> bool:
+    """Whether nothing but the op wants the convolution's result, and nothing writes between the two."""
+    n = conv.last
+    if set(n.users) != {fused}:
+        return False
+    while n is not fused:
+        n = n.next
+        if _mutation(n) is not None:
+            return False
+    return True
+
+
+def _replace_whole(graph: Graph, fused: Node, conv: Conv | None) -> None:
+    """The op without a backward in the place of the one that has one."""
+    qkv, sizes, *rest, _, impl = fused.args
+    start = (qkv, None, None) if conv is None else (conv.x, conv.weight, conv.position)
+    with graph.inserting_before(fused):
+        made = graph.call_function(FUSED_SCAN_CONV, (*start, sizes, *rest, impl))
+    made.meta = {**fused.meta, "example_value": fused.meta["example_value"][:2]}
+    for output in list(fused.users):
+        output.replace_input_with(fused, made)
+    graph.erase_node(fused)
+    _sort(graph)
+    if conv is not None:
+        _erase_dead(graph, conv.last)
 
 
 def _replace_conv(graph: Graph, conv: Conv) -> None:

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from . import INTERPRETED, _multiprocessors, _on_device
+from . import fused_inference as inference
 from . import scan as partial_scan
 from .config import next_power_of_2
 from .fused_tail import tail_backward_kernel, tail_forward_kernel
@@ -119,6 +120,14 @@ def fused_scan(
             BN=BN, BV=BV, ROWS=rows_per_program, num_warps=warps or tile_warps,
         )  # fmt: skip
     return o, final, y, rstd, checkpoints
+
+
+def forget_gate(f: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, forget: str) -> Tensor:
+    """The forget factor in fp32, or f if it is one: one launch."""
+    return inference.before_scan(None, None, f, A_log, dt_bias, forget)[1]
+
+
+fused_scan_conv = inference.fused_scan_conv
 
 
 def fused_tail_backward(

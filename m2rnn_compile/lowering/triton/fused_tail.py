@@ -5,6 +5,7 @@
                            backward follows y and 1/rms
     tail_backward_kernel   reads do, y, v and g of a position; writes dy and dg; keeps the sums over positions (dD, dw)
                            in registers and writes them once per program
+    norm_kernel            the norm alone, in place: the scan of inference has done the rest (`forward_fused_gluon.py`)
 
 A tile is [BN heads, BV columns] of one position. The norm over all heads needs all of them in one tile; otherwise a
 grid axis walks the heads. A program takes ROWS positions, so that D and the norm's weight are loaded once for them.
@@ -168,3 +169,17 @@ def tail_backward_kernel(
         tl.store(dD_ptr + sums, dD, mask=in_tile)
     if HAS_W:
         tl.store(dw_ptr + sums, dw, mask=in_tile)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def norm_kernel(x_ptr, w_ptr, rows, eps, F: tl.constexpr, HAS_W: tl.constexpr, BF: tl.constexpr, ROWS: tl.constexpr):
+    """RMSNorm of x [rows, F], in place: where the scan's own kernel has done all of the tail but this."""
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    e = tl.arange(0, BF)
+    at = r[:, None] * F + e[None, :]
+    mask = (r < rows)[:, None] & (e < F)[None, :]
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    x *= tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, 1) / F + eps))[:, None]
+    if HAS_W:
+        x *= tl.load(w_ptr + e, mask=e < F, other=0.0).to(tl.float32)[None, :]
+    tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=mask)

@@ -16,7 +16,7 @@ from torch import Tensor
 @functools.lru_cache(None)
 def _import_error() -> str | None:
     try:
-        from . import backward_gluon, backward_wide, forward_gluon, forward_wide  # noqa: F401
+        from . import backward_gluon, backward_wide, forward_fused_gluon, forward_gluon, forward_wide  # noqa: F401
     except (ImportError, AttributeError) as e:
         return f"this Triton has no usable Gluon: {e}"
     return None
@@ -92,3 +92,9 @@ def forward_wide_kernel() -> Any:
     from .forward_wide import scan_forward_wide_kernel
 
     return scan_forward_wide_kernel
+
+
+def forward_fused_kernel() -> Any:
+    from .forward_fused_gluon import scan_forward_fused_kernel
+
+    return scan_forward_fused_kernel

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a Gluon kernel on CPU tensors: what it computes, not where its registers are.
+
+Triton's interpreter knows no Gluon. But a Gluon kernel is Python over logical tensors, whose layouts say only who holds
+what; so its functions run with `gl` replaced by torch. Layouts are ignored, products of the tensor cores that are
+written as inline PTX are replaced whole, and programs run one after the other, in order.
+
+Checked on the way: every address that is not masked lies in its tensor; shared memory is NaN until written; what
+cp.async copies is there only after the wait for its group; a program waits only for flags that are set.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Block(torch.Tensor):
+    """A tensor with what Gluon's has beside."""
+
+    @property
+    def type(self) -> Any:  # type: ignore[override]
+        return types.SimpleNamespace(layout=None)
+
+    def split(self, *_: Any) -> Any:  # type: ignore[override]
+        return self[..., 0], self[..., 1]
+
+    def to(self, dtype: torch.dtype, **_: Any) -> Any:  # type: ignore[override]
+        return super().to(dtype)
+
+
+def block(x: Tensor) -> Any:
+    return x.as_subclass(Block)
+
+
+class Pointer:
+    """Into the storage of a tensor; `at` counts elements from its first one."""
+
+    def __init__(self, x: Tensor, at: Any = 0) -> None:
+        self.x, self.at = x, at
+        self.dtype = types.SimpleNamespace(element_ty=x.dtype)
+
+    def __add__(self, offset: Any) -> Pointer:
+        return Pointer(self.x, self.at + offset)
+
+    def _cells(self, mask: Any) -> tuple[Tensor, Tensor, Tensor]:
+        at = torch.as_tensor(self.at)
+        mask = torch.ones((), dtype=torch.bool) if mask is None else torch.as_tensor(mask)
+        at, mask = (z.as_subclass(Tensor) for z in torch.broadcast_tensors(at, mask))
+        first = self.x.storage_offset()
+        flat = self.x.as_strided((self.x.untyped_storage().nbytes() // self.x.element_size(),), (1,), 0)
+        used = at[mask] + first
+        assert used.numel() == 0 or (int(used.min()) >= 0 and int(used.max()) < flat.numel()), "outside of its tensor"
+        return flat, at.long() + first, mask
+
+    def load(self, mask: Any = None) -> Any:
+        flat, at, mask = self._cells(mask)
+        return block(torch.where(mask, flat[torch.where(mask, at, 0)], torch.zeros((), dtype=flat.dtype)))
+
+    def store(self, x: Any, mask: Any = None) -> None:
+        flat, at, mask = self._cells(mask)
+        flat[at[mask]] = torch.as_tensor(x).as_subclass(Tensor).expand(at.shape)[mask].to(flat.dtype)
+
+
+class Shared:
+    """Shared memory, or a part of it in another shape."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.dtype, self.shape = x, x.dtype, list(x.shape)
+
+    def index(self, i: Any) -> Shared:
+        assert 0 <= int(i) < self.x.shape[0], f"buffer {int(i)} of {self.x.shape[0]}"
+        return Shared(self.x[int(i)])
+
+    def permute(self, order: Any) -> Shared:
+        return Shared(self.x.permute(order))
+
+    def reinterpret(self, dtype: Any, shape: Any, layout: Any = None) -> Shared:
+        return Shared(self.x.view(shape))
+
+    _reinterpret = reinterpret
+
+    def load(self, layout: Any = None) -> Any:
+        return block(self.x.clone())
+
+    def store(self, x: Any) -> None:
+        self.x.copy_(x)
+
+
+class Copies:
+    """cp.async: nothing is there before the wait for its group."""
+
+    def __init__(self) -> None:
+        self.now: list[Any] = []
+        self.groups: list[list[Any]] = []
+
+    def copy(self, shared: Shared, at: Pointer, mask: Any = None) -> None:
+        shared.x.fill_(float("nan"))
+        self.now.append((shared, at, mask))
+
+    def commit_group(self) -> None:
+        self.groups.append(self.now)
+        self.now = []
+
+    def wait_group(self, pending: int) -> None:
+        while len(self.groups) > pending:
+            for shared, at, mask in self.groups.pop(0):
+                shared.x.copy_(at.load(mask))
+
+
+PTX = {
+    "tanh.approx": lambda x: torch.tanh(x),
+    "rcp.approx": lambda x: torch.sigmoid(x),  # `logistic`
+    "rsqrt.approx": lambda x: torch.rsqrt(x),
+    "shl.b32 $0, $2, 16": lambda x: x.to(torch.float32),  # `to_float`
+}
+
+
+def inline_asm(asm: str, constraints: str, args: Any, **_: Any) -> Any:
+    (f,) = [f for key, f in PTX.items() if key in asm]
+    return f(*args)
+
+
+class Language:
+    """`gl`."""
+
+    float32, int32, int64, int16, int1 = torch.float32, torch.int32, torch.int64, torch.int16, torch.bool
+    bfloat16, float16 = torch.bfloat16, torch.float16
+    shared_memory_descriptor = Shared
+    constexpr = staticmethod(lambda x: x)
+    static_range = range
+    inline_asm_elementwise = staticmethod(inline_asm)
+    SliceLayout = BlockedLayout = staticmethod(lambda *_, **__: None)
+
+    def __init__(self, program: int, programs: int, warps: int) -> None:
+        self.program, self.programs, self.warps = program, programs, warps
+
+    def program_id(self, axis: int) -> Any:
+        return block(torch.tensor(self.program if axis == 0 else 0))
+
+    def num_programs(self, axis: int) -> int:
+        return self.programs
+
+    def num_warps(self) -> int:
+        return self.warps
+
+    @staticmethod
+    def arange(first: int, last: int, layout: Any = None) -> Any:
+        return block(torch.arange(first, last))
+
+    @staticmethod
+    def full(shape: Any, value: Any, dtype: Any, layout: Any = None) -> Any:
+        return block(torch.full(tuple(shape), value, dtype=dtype))
+
+    @staticmethod
+    def allocate_shared_memory(dtype: Any, shape: Any, layout: Any) -> Shared:
+        return Shared(torch.full(tuple(shape), float("nan"), dtype=dtype))
+
+    expand_dims = staticmethod(lambda x, axis: x.unsqueeze(axis))
+    convert_layout = staticmethod(lambda x, layout, **_: x)
+    join = staticmethod(lambda x, y: torch.stack([x, y], -1))
+    sum = staticmethod(lambda x, axis: x.sum(axis))
+    where = staticmethod(torch.where)
+    broadcast = staticmethod(lambda *x: torch.broadcast_tensors(*x))
+    minimum = staticmethod(lambda x, y: torch.minimum(torch.as_tensor(x), torch.as_tensor(y)))
+    maximum = staticmethod(lambda x, y: torch.maximum(torch.as_tensor(x), torch.as_tensor(y)))
+    load = staticmethod(lambda at, mask=None, other=None: at.load(mask))
+    store = staticmethod(lambda at, x, mask=None: at.store(x, mask))
+
+
+def _only_step(y: Any, u: int, BV: int) -> Any:
+    return y * (torch.arange(y.shape[1]) == u)
+
+
+def _wait_for(flag: Pointer) -> None:
+    assert int(flag.load()) == 1, "waits for a program that has not run"
+
+
+# By name, wherever a kernel imports it from: tensor-core products, layouts, and what needs more than one program.
+REPLACED = {
+    "mma_v2": lambda a, b, acc: (a.float() @ b.float()) + acc,
+    "outer": lambda x, y, *_: x.float() @ y.float().T,
+    "only_step": _only_step,
+    "rows_of_step": lambda x, u, *_: x[:, u : u + 1].float(),
+    "pick": lambda x, u: x[u],
+    "left_operand": lambda x: x,
+    "wait_for": _wait_for,
+    "hand_over": lambda flag: flag.store(1),
+}
+
+
+def _namespace(kernel: Any, gl: Language, copies: Copies, made: dict[int, Any]) -> dict[str, Any]:
+    """The globals of a kernel's module with every Gluon function in them replaced, and theirs in turn."""
+    key = id(kernel.__globals__)
+    if key in made:
+        return made[key]  # type: ignore[no-any-return]
+    space = made[key] = dict(kernel.__globals__)
+    for name, x in kernel.__globals__.items():
+        if name in REPLACED:
+            space[name] = REPLACED[name]
+        elif name == "gl":
+            space[name] = gl
+        elif name == "async_copy":
+            space[name] = copies
+        elif name == "copy_to_shared":
+            space[name] = copies.copy
+        elif type(x).__name__ in ("JITFunction", "GluonJITFunction"):
+            space[name] = types.FunctionType(x.fn.__code__, _namespace(x.fn, gl, copies, made), name, x.fn.__defaults__)
+        elif type(x).__name__ == "ConstexprFunction":
+            space[name] = lambda *_, **__: None
+    return space
+
+
+class Emulated:
+    """In the place of a kernel: `kernel[(programs, ...)](*arguments, num_warps=...)`."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.fn = kernel.fn
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, num_warps: int, maxnreg: int | None = None, **constants: Any) -> None:
+            with torch.no_grad():
+                for program in range(grid[0]):
+                    gl, copies = Language(program, grid[0], num_warps), Copies()
+                    space = _namespace(self.fn, gl, copies, {})
+                    run = types.FunctionType(self.fn.__code__, space)
+                    run(*(_argument(x) for x in args), **constants)
+
+        return launch
+
+
+def _argument(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return Pointer(x)
+    return block(torch.tensor(x)) if isinstance(x, int) else x

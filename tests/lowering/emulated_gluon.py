@@ -186,6 +186,12 @@ REPLACED = {
     "only_step": _only_step,
     "rows_of_step": lambda x, u, *_: x[:, u : u + 1].float(),
     "pick": lambda x, u: x[u],
+    "add_outer": lambda acc, x, y, *_: acc + x.float() @ y.float().T,
+    "only_step_at": lambda y, first, u, BV: y * (torch.arange(8) == first + u),
+    "only_column_at": lambda x, n, D: x * (torch.arange(8) == n),
+    "multiply": lambda x, y: (x.float() * y.float()).to(x.dtype),
+    "clamp": lambda x, c, one: torch.clamp(x, -c, c),
+    "turned": lambda x, *_: x,  # blocks are transposed twice: once across threads, once in name
     "left_operand": lambda x: x,
     "wait_for": _wait_for,
     "hand_over": lambda flag: flag.store(1),

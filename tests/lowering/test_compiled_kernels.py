@@ -198,7 +198,7 @@ forward C        | registers <= 104 | stack <= 128 | shared <= 19456
 forward D        | registers <= 255 | stack <= 256 | shared <= 91136
 backward A       | registers <= 255 | stack <= 128 | shared <= 26624
 backward B       | registers <= 255 | stack <= 128 | shared <= 26624
-backward C       | registers <= 255 | stack <= 128 | shared <= 11264
+backward C       | registers <= 176 | stack <= 128 | shared <= 15360
 """)
 
     def test_fused_sm80(self) -> None:
@@ -235,7 +235,7 @@ forward C        | registers <= 104 | stack <= 128 | shared <= 19456
 forward D        | registers <= 255 | stack <= 128 | shared <= 160768
 backward A       | registers <= 255 | stack <= 256 | shared <= 26624
 backward B       | registers <= 255 | stack <= 128 | shared <= 26624
-backward C       | registers <= 255 | stack <= 128 | shared <= 11264
+backward C       | registers <= 248 | stack <= 128 | shared <= 15360
 backward D       | registers <= 255 | stack <= 256 | shared <= 232448
 """)
 
@@ -253,7 +253,7 @@ forward C        | registers <= 112 | stack <= 128 | shared <= 19456
 forward D        | registers <= 255 | stack <= 128 | shared <= 91136
 backward A       | registers <= 255 | stack <= 128 | shared <= 26624
 backward B       | registers <= 255 | stack <= 128 | shared <= 26624
-backward C       | registers <= 248 | stack <= 128 | shared <= 11264
+backward C       | registers <= 152 | stack <= 128 | shared <= 15360
 """)
 
 

@@ -3,8 +3,8 @@
 
     program (s, n, block of rows), chunks of C steps of the window from the last to the first
       1. from the chunk's checkpoint, redo its steps and note H every 4 steps in shared memory
-      2. for every group of 4 steps from the last: redo it, keeping H' = H_{t-1} in shared memory and, as pairs of 16
-         bits in registers, E = H' - Z and S = (1-f)(1 - Z ⊙ Z); and dq = H dy
+      2. for every group of 4 steps from the last: redo it, keeping in shared memory H' = H_{t-1} and, in fp32,
+         E = H' - Z, and in registers S = (1-f)(1 - Z ⊙ Z) as pairs of 16 bits; and dq = H dy
       3. walk the group backwards with carry = dL/dH in fp32
              D = clip(carry) + q dyᵀ     dU = D ⊙ S        carry = f D + dU Wᵀ
              dk = dU v     dv = dUᵀ k     df = Σ D ⊙ E     dW += H'ᵀ dU
@@ -52,7 +52,6 @@ from .tile import (
     sum_own,
     tile_in_shared,
     tile_layout,
-    to_float,
     turned,
 )  # fmt: skip
 
@@ -91,7 +90,7 @@ def spread_layout():
 
 @gluon.jit
 def redo(h, h_low, k8, v8, f8, dy_right, e_shared, first, u: gl.constexpr, W, dq, BK: gl.constexpr, BV: gl.constexpr,
-         HAS_DY: gl.constexpr, E_SHARED: gl.constexpr):  # fmt: skip
+         HAS_DY: gl.constexpr):  # fmt: skip
     """One step forwards: the new state, what backward needs of it, and dq with its column filled in."""
     LOW: gl.constexpr = h_low.dtype
     L: gl.constexpr = h.type.layout
@@ -102,15 +101,13 @@ def redo(h, h_low, k8, v8, f8, dy_right, e_shared, first, u: gl.constexpr, W, dq
     h_low = h.to(LOW)
     if HAS_DY:
         dq = mma_v2(left_operand(h_low), only_column_at(dy_right, first + u, BV), dq)
-    if E_SHARED:
-        e_shared.index(u).store(by_thread(e, BK, BV))
-    return h, h_low, e.to(LOW), s, dq
+    e_shared.index(u).store(by_thread(e, BK, BV))
+    return h, h_low, s, dq
 
 
 @gluon.jit
-def undo(carry, h_before, e, e_shared, s, q8, f8, dy8, v_right, k_right, first, u: gl.constexpr, Wt, dk, dv, dWt, clip,
-         BK: gl.constexpr, BV: gl.constexpr, CLIP: gl.constexpr, HAS_DY: gl.constexpr, E_SHARED: gl.constexpr,
-         ):  # fmt: skip
+def undo(carry, h_before, e_shared, s, q8, f8, dy8, v_right, k_right, first, u: gl.constexpr, Wt, dk, dv, dWt, clip,
+         BK: gl.constexpr, BV: gl.constexpr, CLIP: gl.constexpr, HAS_DY: gl.constexpr):  # fmt: skip
     """One step backwards from H_{t-1} in shared memory; also each thread's part of df, in fp32.
 
     The step's columns of dk [BK, 8] and of dv [BV, 8] are filled in.
@@ -125,11 +122,7 @@ def undo(carry, h_before, e, e_shared, s, q8, f8, dy8, v_right, k_right, first, 
     du = multiply(d.to(LOW), s)
     carry = mma_v2(left_operand(du), Wt, pick(f8, u) * d)
     dk = mma_v2(left_operand(du), only_column_at(v_right, first + u, BV), dk)
-    if E_SHARED:
-        e_wide = load_tile(e_shared.index(u), BK, BV, L)
-    else:
-        e_wide = to_float(e)
-    df = sum_own(d * e_wide, BK, BV)
+    df = sum_own(d * load_tile(e_shared.index(u), BK, BV, L), BK, BV)
     du_t = gl.convert_layout(turned(du, BK, BV).permute((1, 0)), left_layout(L), assert_trivial=True)
     dv = mma_v2(du_t, only_column_at(k_right, first + u, BK), dv)
     dWt = mma_v2(du_t, h_before.load(right_layout(L)), dWt)
@@ -152,8 +145,6 @@ def scan_backward_gluon_kernel(
 ):  # fmt: skip
     LOW: gl.constexpr = v_ptr.dtype.element_ty
     L: gl.constexpr = tile_layout(1, BV, False)
-    # E of a group in fp32 in shared memory, as registers are short with 32 rows, or in 16 bits in registers.
-    E_SHARED: gl.constexpr = BK >= 32
     BLOCKS: gl.constexpr = (K + BK - 1) // BK
 
     staged_k = gl.allocate_shared_memory(LOW, [C, BK], ROW_MAJOR)
@@ -161,7 +152,7 @@ def scan_backward_gluon_kernel(
     staged_v = gl.allocate_shared_memory(LOW, [C, BV], ROW_MAJOR)
     staged_dy = gl.allocate_shared_memory(LOW, [C, BV], ROW_MAJOR)
     staged_f = gl.allocate_shared_memory(gl.float32, [C], LINE)
-    e_shared = gl.allocate_shared_memory(gl.float32, [4 if E_SHARED else 1, BK * BV // 128, 32, 4], LINES)
+    e_shared = gl.allocate_shared_memory(gl.float32, [4, BK * BV // 128, 32, 4], LINES)
     noted = gl.allocate_shared_memory(LOW, [C // 4, BK, BV], tile_in_shared(BV))
     h1_shared = gl.allocate_shared_memory(LOW, [BK, BV], tile_in_shared(BV))
     h2_shared = gl.allocate_shared_memory(LOW, [BK, BV], tile_in_shared(BV))
@@ -290,17 +281,13 @@ def scan_backward_gluon_kernel(
                         dy_right = load_right(dys.index(o), L)
                     h0 = gl.convert_layout(noted.index(g).load(left_layout(L)), L, assert_trivial=True)
                     h = h0.to(gl.float32)
-                    h, h1, e0, s0, dq = redo(h, h0, k8, v8, f4, dy_right, e_shared, u0, 0, W, dq,
-                                         BK, BV, HAS_DY, E_SHARED)  # fmt: skip
+                    h, h1, s0, dq = redo(h, h0, k8, v8, f4, dy_right, e_shared, u0, 0, W, dq, BK, BV, HAS_DY)
                     h1_shared.store(h1)
-                    h, h2, e1, s1, dq = redo(h, h1, k8, v8, f4, dy_right, e_shared, u0, 1, W, dq,
-                                         BK, BV, HAS_DY, E_SHARED)  # fmt: skip
+                    h, h2, s1, dq = redo(h, h1, k8, v8, f4, dy_right, e_shared, u0, 1, W, dq, BK, BV, HAS_DY)
                     h2_shared.store(h2)
-                    h, h3, e2, s2, dq = redo(h, h2, k8, v8, f4, dy_right, e_shared, u0, 2, W, dq,
-                                         BK, BV, HAS_DY, E_SHARED)  # fmt: skip
+                    h, h3, s2, dq = redo(h, h2, k8, v8, f4, dy_right, e_shared, u0, 2, W, dq, BK, BV, HAS_DY)
                     h3_shared.store(h3)
-                    h, _, e3, s3, dq = redo(h, h3, k8, v8, f4, dy_right, e_shared, u0, 3, W, dq,
-                                         BK, BV, HAS_DY, E_SHARED)  # fmt: skip
+                    h, _, s3, dq = redo(h, h3, k8, v8, f4, dy_right, e_shared, u0, 3, W, dq, BK, BV, HAS_DY)
                     q8 = k8
                     dy8 = v8
                     if HAS_DY:
@@ -309,21 +296,21 @@ def scan_backward_gluon_kernel(
                     v_right = load_right(vs.index(o), L)
                     k_right = load_right(ks.index(o), L)
                     carry, df3, dk, dv, dWt = undo(
-                        carry, h3_shared, e3, e_shared, s3, q8, f4, dy8, v_right, k_right, u0, 3, Wt, dk, dv, dWt, clip,
-                        BK, BV, CLIP, HAS_DY, E_SHARED,
+                        carry, h3_shared, e_shared, s3, q8, f4, dy8, v_right, k_right, u0, 3, Wt, dk, dv, dWt, clip,
+                        BK, BV, CLIP, HAS_DY,
                     )  # fmt: skip
                     carry, df2, dk, dv, dWt = undo(
-                        carry, h2_shared, e2, e_shared, s2, q8, f4, dy8, v_right, k_right, u0, 2, Wt, dk, dv, dWt, clip,
-                        BK, BV, CLIP, HAS_DY, E_SHARED,
+                        carry, h2_shared, e_shared, s2, q8, f4, dy8, v_right, k_right, u0, 2, Wt, dk, dv, dWt, clip,
+                        BK, BV, CLIP, HAS_DY,
                     )  # fmt: skip
                     carry, df1, dk, dv, dWt = undo(
-                        carry, h1_shared, e1, e_shared, s1, q8, f4, dy8, v_right, k_right, u0, 1, Wt, dk, dv, dWt, clip,
-                        BK, BV, CLIP, HAS_DY, E_SHARED,
+                        carry, h1_shared, e_shared, s1, q8, f4, dy8, v_right, k_right, u0, 1, Wt, dk, dv, dWt, clip,
+                        BK, BV, CLIP, HAS_DY,
                     )  # fmt: skip
                     carry, df0, dk, dv, dWt = undo(
-                        carry, noted.index(g), e0, e_shared, s0, q8, f4, dy8, v_right, k_right, u0, 0,
+                        carry, noted.index(g), e_shared, s0, q8, f4, dy8, v_right, k_right, u0, 0,
                         Wt, dk, dv, dWt, clip,
-                        BK, BV, CLIP, HAS_DY, E_SHARED,
+                        BK, BV, CLIP, HAS_DY,
                     )  # fmt: skip
                     df = gl.join(gl.join(df0, df2), gl.join(df1, df3))  # the last axis of join is the fastest
                     df = gl.sum(gl.convert_layout(df.reshape((32, 4)), SPREAD), 0)

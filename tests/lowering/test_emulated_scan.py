@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scan's kernels in Gluon, forward and backward, without a GPU: emulated on CPU tensors (`emulated_gluon.py`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton.experimental.gluon")
+
+from m2rnn_compile.lowering import triton as lowering
+from m2rnn_compile.lowering.triton.backward_gluon import scan_backward_gluon_kernel
+from m2rnn_compile.lowering.triton.config import LaunchConfig
+from m2rnn_compile.lowering.triton.forward_gluon import scan_forward_gluon_kernel
+from m2rnn_compile.testing import ScanInputs, assert_accurate, make_inputs, oracle, run_low_precision
+from tests.lowering import emulated_gluon
+from tests.lowering.emulated_gluon import Emulated
+
+GRADIENTS = ("dq", "dk", "dv", "df", "dW", "dinitial_state")
+
+
+def add_partials(part: Tensor, out: Tensor, G: int, blocks: int, window: int, t_first: int) -> None:
+    """What `reduce.py` does, whose kernel has a test of its own."""
+    shape = (blocks, out.shape[0], window, out.shape[2], G, *out.shape[3:])
+    out[:, t_first : t_first + window] = part.float().reshape(shape).sum((0, 4)).to(out.dtype)
+
+
+@pytest.fixture(autouse=True)
+def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowering, "forward_gluon_kernel", lambda: Emulated(scan_forward_gluon_kernel))
+    monkeypatch.setattr(lowering, "backward_gluon_kernel", lambda: Emulated(scan_backward_gluon_kernel))
+    monkeypatch.setattr(lowering, "gluon_unsupported", lambda *_: None)
+    monkeypatch.setattr(lowering, "warpgroups", lambda *_: False)
+    monkeypatch.setattr(lowering, "_numerics", lambda *_: dict(DOT=None, HARDWARE=True))
+    monkeypatch.setattr(lowering, "clip_mode", lambda *_: 2)
+    monkeypatch.setattr(lowering, "_reduce", add_partials)
+    new_empty = Tensor.new_empty
+
+    def poisoned(x: Tensor, *size: Any, **options: Any) -> Tensor:
+        made = new_empty(x, *size, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+
+
+def emulate(
+    x: ScanInputs, forward: tuple[int, int] = (32, 1), backward: int = 32, window_bytes: int = 2**30
+) -> dict[str, Tensor]:
+    """All results and gradients, as `run` gives them."""
+    a = (x.q, x.k, x.v, x.f, x.W, x.initial_state, x.cu_seqlens)
+    y, state, checkpoints = lowering.scan(*a, x.state_grad_clip, 64, config=LaunchConfig(*forward))
+    gradients = lowering.scan_backward(
+        x.dy, x.dfinal_state, *a, checkpoints, x.state_grad_clip, 64, config=LaunchConfig(backward, 1),
+        window_bytes=window_bytes,
+    )  # fmt: skip
+    return {"y": y, "final_state": state, **dict(zip(GRADIENTS, gradients, strict=True))}
+
+
+def check(x: ScanInputs, **options: Any) -> None:
+    """By the rule, on halves of the time: a slice of these few heads needs some steps to have a norm to speak of."""
+    got = emulate(x, **options)
+    truth, eager = oracle(x, impl="eager"), run_low_precision(x)
+    assert_accurate({n: got[n] for n in truth}, truth, eager, slices=2)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "a chunk and a bit": dict(B=2, T=37, N=2, K=32, V=16, initial_state=True, state_grad_clip=0.5),
+    "two blocks of rows, V 32": dict(B=1, T=34, N=2, K=64, V=32, state_grad_clip=0.2),
+    "rows that fill no block": dict(B=1, T=21, N=2, K=48, V=16, initial_state=True),
+    "every input its own heads": dict(B=1, T=12, N=4, K=32, V=16, Nq=2, Nk=4, Nv=4, Nf=1, Nw=2),
+    "packed, with an empty one": dict(B=1, T=70, N=2, K=32, V=16, seqlens=[33, 0, 1, 36], initial_state=True),
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.replace(" ", "-"))
+def test_values_and_gradients(case: str) -> None:
+    check(make_inputs(**CASES[case], dtype=torch.bfloat16, seed=5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("forward", "backward"), [((16, 1), 16), ((32, 2), 32), ((64, 2), 16), ((64, 4), 64)])
+def test_every_split_of_rows(forward: tuple[int, int], backward: int, dtype: torch.dtype) -> None:
+    check(make_inputs(1, 19, 4, 64, 16, dtype=dtype, initial_state=True, seed=6), forward=forward, backward=backward)
+
+
+@pytest.mark.parametrize("T", [1, 3, 4, 5, 8, 15, 16, 17, 31, 32, 33])
+def test_lengths_around_groups_and_stages(T: int) -> None:
+    check(make_inputs(1, T, 8, 16, 16, dtype=torch.bfloat16, initial_state=True, seed=T), forward=(16, 1), backward=16)
+
+
+@pytest.mark.parametrize("programs", [1, 2, 3, 5])
+def test_scans_shared_out_and_windows_of_time_do_not_change_a_bit(
+    programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = make_inputs(2, 100, 3, 32, 16, dtype=torch.bfloat16, initial_state=True, state_grad_clip=0.5, seed=7)
+    undivided = emulate(x)
+    monkeypatch.setattr(lowering, "_shared_programs", lambda *_: programs)
+    for window_bytes in (2**30, 1):
+        shared = emulate(x, window_bytes=window_bytes)
+        assert all(torch.equal(undivided[n], shared[n]) for n in undivided)
+
+
+def test_without_dy() -> None:
+    x = make_inputs(1, 20, 2, 32, 16, dtype=torch.bfloat16, initial_state=True, seed=8)
+    zero = emulate(dataclasses.replace(x, dy=torch.zeros_like(x.dy)))
+    none = emulate(dataclasses.replace(x, dy=None))
+    assert all(torch.equal(zero[n], none[n]) for n in GRADIENTS)
+
+
+FAULTS = {
+    "what a product is added to, dropped": ("mma_v2", lambda a, b, acc: a.float() @ b.float()),
+    "the clip left out": ("clamp", lambda x, c, one: x),
+    "the wrong step of eight": ("only_step_at", lambda y, first, u, BV: y * (torch.arange(8) == 7 - u)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_seeded_on_purpose_are_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = make_inputs(1, 33, 2, 32, 16, dtype=torch.bfloat16, initial_state=True, state_grad_clip=0.05, seed=9)
+    name, wrong = FAULTS[fault]
+    monkeypatch.setitem(emulated_gluon.REPLACED, name, wrong)
+    with pytest.raises(AssertionError):
+        check(x)

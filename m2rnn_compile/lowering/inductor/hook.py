@@ -21,7 +21,7 @@ import torch
 from ...ops import fusion_switch
 from .rewrite import FusionRecord
 
-KNOWN = ((2, 11), (2, 13))  # the oldest and the newest version that tests have seen
+KNOWN = ((2, 11), (2, 14))  # the oldest and the newest version that tests have seen
 RECORDS: deque[FusionRecord] = deque(maxlen=256)  # what happened in this process, newest last; caches run no pass
 _status = "torch.compile has not been used in this process yet"
 

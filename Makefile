@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  -c constraints.txt $(PIP_ARGS) -e '.[dev,demo]'
 	@touch $@
 
-demo: $(STAMP)  ## train a small hybrid language model, generate, export, reload (about three minutes on 2 cores)
+demo: $(STAMP)  ## train a small hybrid language model, generate, export, reload (under four minutes on 2 cores)
 	$(BIN)/python -m m2rnn_compile demo $(ARGS)
 
 # One thread a worker: two workers with a thread pool each would fight over the same cores.

@@ -12,7 +12,7 @@ DESCRIPTION = """\
 M2RNN, the matrix-state non-linear RNN (arXiv 2603.14360), as a compile-native PyTorch op.
 
 Start here:
-  python -m m2rnn_compile demo                      train a small language model, about three minutes on 2 cores
+  python -m m2rnn_compile demo                      train a small language model, under four minutes on 2 cores
   python -m m2rnn_compile demo --data ~/my/texts    the same on your own text files
   python -m m2rnn_compile demo --resume             go on after Ctrl-C; nothing is lost
   python -m m2rnn_compile generate runs/demo-... --prompt "def main("
@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="train, score, generate, export: the whole library in three minutes",
+        help="train, score, generate, export: the whole library in under four minutes",
         description=DEMO,
         epilog=DEMO_EXAMPLES,
         formatter_class=raw,

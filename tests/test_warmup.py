@@ -38,7 +38,8 @@ def test_no_length_compiles_anything_after_it(T: int) -> None:
     from m2rnn_compile.lowering import triton as lowering
     from m2rnn_compile.testing import make_inputs, run
 
-    kernels = [lowering.forward_gluon_kernel(), lowering.backward_gluon_kernel(), lowering.reduce_kernel]
+    kernels = [lowering.forward_gluon_kernel(), lowering.backward_gluon_kernel()]
+    kernels += [lowering.reduce.reduce_kernel, lowering.reduce.reduce_four_kernel]
 
     def compiled() -> int:
         return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())

@@ -69,7 +69,7 @@ class Shared:
     """Shared memory, or a part of it in another shape."""
 
     def __init__(self, x: Tensor) -> None:
-        self.x, self.dtype, self.shape = x, x.dtype, list(x.shape)
+        self.x, self.dtype, self.shape, self.layout = x, x.dtype, list(x.shape), None
 
     def index(self, i: Any) -> Shared:
         assert 0 <= int(i) < self.x.shape[0], f"buffer {int(i)} of {self.x.shape[0]}"
@@ -116,6 +116,8 @@ PTX = {
     "rcp.approx": lambda x: torch.sigmoid(x),  # `logistic`
     "rsqrt.approx": lambda x: torch.rsqrt(x),
     "shl.b32 $0, $2, 16": lambda x: x.to(torch.float32),  # `to_float`
+    "shfl.sync.idx": lambda x: x,  # `again`
+    "prefetch.global.L2": lambda at: at.load(),  # fails where there is no memory
 }
 
 
@@ -164,6 +166,7 @@ class Language:
     join = staticmethod(lambda x, y: torch.stack([x, y], -1))
     sum = staticmethod(lambda x, axis: x.sum(axis))
     where = staticmethod(torch.where)
+    fma = staticmethod(lambda x, y, z: x * y + z)
     broadcast = staticmethod(lambda *x: torch.broadcast_tensors(*x))
     minimum = staticmethod(lambda x, y: torch.minimum(torch.as_tensor(x), torch.as_tensor(y)))
     maximum = staticmethod(lambda x, y: torch.maximum(torch.as_tensor(x), torch.as_tensor(y)))

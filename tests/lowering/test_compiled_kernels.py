@@ -229,7 +229,7 @@ backward         | registers <= 255 | stack <= 128 | shared <= 4096
 
     def test_gluon_sm90(self) -> None:
         self.check(gluon_kernels(90), """\
-forward A        | registers <= 255 | stack <= 128 | shared <= 27648
+forward A        | registers <= 192 | stack <= 128 | shared <= 27648
 forward B        | registers <= 152 | stack <= 128 | shared <= 27648
 forward C        | registers <= 104 | stack <= 128 | shared <= 19456
 forward D        | registers <= 255 | stack <= 128 | shared <= 160768
@@ -251,7 +251,7 @@ forward A        | registers <= 176 | stack <= 128 | shared <= 27648
 forward B        | registers <= 144 | stack <= 128 | shared <= 27648
 forward C        | registers <= 112 | stack <= 128 | shared <= 19456
 forward D        | registers <= 255 | stack <= 128 | shared <= 91136
-backward A       | registers <= 255 | stack <= 128 | shared <= 26624
+backward A       | registers <= 184 | stack <= 128 | shared <= 26624
 backward B       | registers <= 255 | stack <= 128 | shared <= 26624
 backward C       | registers <= 152 | stack <= 128 | shared <= 15360
 """)

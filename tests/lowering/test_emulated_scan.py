@@ -16,6 +16,7 @@ from m2rnn_compile.lowering import triton as lowering
 from m2rnn_compile.lowering.triton.backward_gluon import scan_backward_gluon_kernel
 from m2rnn_compile.lowering.triton.config import LaunchConfig
 from m2rnn_compile.lowering.triton.forward_gluon import scan_forward_gluon_kernel
+from m2rnn_compile.lowering.triton.reduce import Sum
 from m2rnn_compile.testing import ScanInputs, assert_accurate, make_inputs, oracle, run_low_precision
 from tests.lowering import emulated_gluon
 from tests.lowering.emulated_gluon import Emulated
@@ -23,10 +24,11 @@ from tests.lowering.emulated_gluon import Emulated
 GRADIENTS = ("dq", "dk", "dv", "df", "dW", "dinitial_state")
 
 
-def add_partials(part: Tensor, out: Tensor, G: int, blocks: int, window: int, t_first: int) -> None:
-    """What `reduce.py` does, whose kernel has a test of its own."""
-    shape = (blocks, out.shape[0], window, out.shape[2], G, *out.shape[3:])
-    out[:, t_first : t_first + window] = part.float().reshape(shape).sum((0, 4)).to(out.dtype)
+def add_one(s: Sum, window: int, t_first: int) -> None:
+    """What `reduce.py` does, whose kernels have a test of their own."""
+    B, _, heads, *D = s.out.shape
+    part = s.part.float().reshape(s.blocks, B, window, heads, s.G, *D)
+    s.out[:, t_first : t_first + window] = part.sum((0, 4)).to(s.out.dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +39,8 @@ def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowering, "warpgroups", lambda *_: False)
     monkeypatch.setattr(lowering, "_numerics", lambda *_: dict(DOT=None, HARDWARE=True))
     monkeypatch.setattr(lowering, "clip_mode", lambda *_: 2)
-    monkeypatch.setattr(lowering, "_reduce", add_partials)
+    monkeypatch.setattr(lowering, "add", add_one)
+    monkeypatch.setattr(lowering, "add_all", lambda sums, *window: [add_one(s, *window) for s in sums])
     new_empty = Tensor.new_empty
 
     def poisoned(x: Tensor, *size: Any, **options: Any) -> Tensor:

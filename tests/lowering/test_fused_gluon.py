@@ -204,7 +204,7 @@ def test_the_whole_op(conv: bool, norm: str, monkeypatch: pytest.MonkeyPatch) ->
     assert got is not None
     wide = [None if t is None else t.double() for t in (d["x"], weight, *arguments)]
     qkv = conv_silu(wide[0], wide[1], None) if conv else wide[0]
-    expected = torch.ops.m2rnn.fused_scan_packed(qkv, sizes, *wide[2:], None, *options, torch.float64, 0, "eager")
+    expected = torch.ops.m2rnn.fused_scan_packed(qkv, sizes, *wide[2:], None, *options, "float64", 0, "eager")
     for a, b in zip(got, expected[:2], strict=True):
         assert_near(a, b)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("file", ["interpreted_triton.py", "interpreted_decode.py"])
+@pytest.mark.parametrize("file", ["interpreted_triton.py", "interpreted_decode.py", "interpreted_reduce.py"])
 def test_kernels_under_the_interpreter(file: str) -> None:
     pytest.importorskip("triton")
     cases = Path(__file__).with_name(file)

@@ -27,7 +27,7 @@ from .gluon import (
     strides,
     warpgroups,
 )
-from .reduce import reduce_kernel
+from .reduce import Sum, add, add_all
 
 INTERPRETED = triton.knobs.runtime.interpret
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -170,25 +170,8 @@ def scan(
         if not add_partials:
             return y_part if blocks > 1 else y[None], final, checkpoints
         if blocks > 1:
-            _reduce(y_part, y, 1, blocks, T, 0)
+            add(Sum(y_part, y, 1, blocks), T, 0)
     return y, final, checkpoints
-
-
-def _reduce(part: Tensor, out: Tensor, G: int, blocks: int, window: int, t_first: int) -> None:
-    """out[:, t_first : t_first + window] = sum of part [blocks, B, window, heads · G, D] over blocks and G."""
-    B, T, heads = out.shape[:3]
-    D = out.shape[3] if out.dim() == 4 else 1
-    rows = B * window * heads
-    if rows == 0:
-        return
-    BD = next_power_of_2(D)
-    # Measured on an H200: few warps with many loads in flight each (docs/kernel-notes.md).
-    BG = min(next_power_of_2(G), 32)
-    BR = 1 if BG * BD >= 1024 else min(1024, 4096 // (BG * BD))
-    reduce_kernel[(triton.cdiv(rows, BR),)](
-        part, out, rows, window * heads, heads, T, t_first, part.stride(0) // D if blocks > 1 else 0,
-        BLOCKS=blocks, G=G, D=D, BR=BR, BG=BG, BD=BD, num_warps=1 if BR == 1 else 4,
-    )  # fmt: skip
 
 
 def scan_backward(
@@ -257,8 +240,12 @@ def scan_backward(
     notes = [v.new_empty(S * N * blocks * (chunk // 4), config.rows * BV)] if wide else []  # states every four steps
     if dy is None:
         dq.zero_()
+    programs = _shared_programs(v, S * N * blocks, 1, BV) if gluon and not wide and not packed else None
+    windows = range(chunks, 0, -step)
+    # Rows of a multiple of 16 bytes, or Triton would compile the kernel once more for the other rows.
+    flags = v.new_zeros(len(windows), -(S * N * blocks // -4) * 4, dtype=torch.int32) if programs else None
     with _on_device(q):
-        for last in range(chunks, 0, -step):
+        for i, last in enumerate(windows):
             first = max(0, last - step)
             t_first = 0 if packed else first * chunk
             window = T if packed else min(T, last * chunk) - t_first
@@ -283,10 +270,8 @@ def scan_backward(
             if gluon and wide:
                 backward_wide_kernel()[(S * N, blocks)](*inputs, *arguments, **constants, num_warps=4)
             elif gluon:
-                programs = None if packed else _shared_programs(v, S * N * blocks, 1, BV)
-                flags = v.new_zeros(S * N * blocks, dtype=torch.int32) if programs else W_
                 backward_gluon_kernel()[(programs or S * N * blocks,)](
-                    *inputs, *arguments, flags, S * N * blocks, last - first, **constants,
+                    *inputs, *arguments, W_ if flags is None else flags[i], S * N * blocks, last - first, **constants,
                     SHARED=programs is not None, num_warps=1, maxnreg=config.registers,
                 )  # fmt: skip
             else:
@@ -294,11 +279,13 @@ def scan_backward(
                     *inputs, scratch, *arguments, **constants, SLOTS=2 if paired else 1, **numerics,
                     num_warps=config.warps,
                 )  # fmt: skip
-            if dy is not None:
-                _reduce(p_q, dq, groups["Gq"], 1, window, t_first)
-            _reduce(p_k, dk, groups["Gk"], 1, window, t_first)
-            _reduce(p_v, dv, groups["Gv"], blocks, window, t_first)
-            _reduce(p_f, df, groups["Gf"], blocks, window, t_first)
+            sums = [Sum(p_q, dq, groups["Gq"], 1)] if dy is not None else []
+            sums += [
+                Sum(p_k, dk, groups["Gk"], 1),
+                Sum(p_v, dv, groups["Gv"], blocks),
+                Sum(p_f, df, groups["Gf"], blocks),
+            ]
+            add_all(sums, window, t_first)
     dW = dW_part.sum((0, 2)).unflatten(0, (W.shape[0], groups["Gw"])).sum(1).to(W.dtype)
     return dq, dk, dv, df, dW, carry
 

@@ -38,9 +38,9 @@ from .shares import hand_over, share, wait_for
 from .tile import (
     LINE,
     LINES,
-    ROW_MAJOR,
     _powers,
     advance,
+    again,
     clamp,
     finish_gate,
     left_layout,
@@ -52,7 +52,9 @@ from .tile import (
     sum_own,
     tile_in_shared,
     tile_layout,
+    to_cache,
     turned,
+    walk,
 )  # fmt: skip
 
 
@@ -147,10 +149,10 @@ def scan_backward_gluon_kernel(
     L: gl.constexpr = tile_layout(1, BV, False)
     BLOCKS: gl.constexpr = (K + BK - 1) // BK
 
-    staged_k = gl.allocate_shared_memory(LOW, [C, BK], ROW_MAJOR)
-    staged_q = gl.allocate_shared_memory(LOW, [C, BK], ROW_MAJOR)
-    staged_v = gl.allocate_shared_memory(LOW, [C, BV], ROW_MAJOR)
-    staged_dy = gl.allocate_shared_memory(LOW, [C, BV], ROW_MAJOR)
+    staged_k = gl.allocate_shared_memory(LOW, [C, BK], tile_in_shared(BK))
+    staged_q = gl.allocate_shared_memory(LOW, [C, BK], tile_in_shared(BK))
+    staged_v = gl.allocate_shared_memory(LOW, [C, BV], tile_in_shared(BV))
+    staged_dy = gl.allocate_shared_memory(LOW, [C, BV], tile_in_shared(BV))
     staged_f = gl.allocate_shared_memory(gl.float32, [C], LINE)
     e_shared = gl.allocate_shared_memory(gl.float32, [4, BK * BV // 128, 32, 4], LINES)
     noted = gl.allocate_shared_memory(LOW, [C // 4, BK, BV], tile_in_shared(BV))
@@ -170,6 +172,7 @@ def scan_backward_gluon_kernel(
     wi = gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(1, L)), 1)
     in_W = (wi < V) & (j < V)
 
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     SPREAD: gl.constexpr = spread_layout()
     df_step = gl.arange(0, 4, gl.SliceLayout(0, SPREAD))
 
@@ -236,17 +239,26 @@ def scan_backward_gluon_kernel(
             c = c_last - 1 - back
             t0 = c * C
             left = length - t0
-            stage_rows(staged_k, k_at, k_st, k_sk, first + t0, left, block * BK, K, C, BK)
-            stage_rows(staged_v, v_at, v_st, v_sv, first + t0, left, 0, V, C, BV)
-            stage_gate(staged_f, f_at, f_st, first + t0, left, C)
+            zero = 0
+            if SHARED:
+                zero = again(back) - back
+            stage_rows(staged_k, k_at, k_st, k_sk, first + t0, left, block * BK, K, C, BK, zero)
+            stage_rows(staged_v, v_at, v_st, v_sv, first + t0, left, 0, V, C, BV, zero)
+            stage_gate(staged_f, f_at, f_st, first + t0, left, C, zero)
             async_copy.commit_group()
             if HAS_DY:
-                stage_rows(staged_q, q_at, q_st, q_sk, first + t0, left, block * BK, K, C, BK)
-                stage_rows(staged_dy, dy_at, dy_st, dy_sv, first + t0, left, 0, V, C, BV)
+                stage_rows(staged_q, q_at, q_st, q_sk, first + t0, left, block * BK, K, C, BK, zero)
+                stage_rows(staged_dy, dy_at, dy_st, dy_sv, first + t0, left, 0, V, C, BV, zero)
                 async_copy.commit_group()
             ckpt_at = ckpt_ptr + ((slot + c // 2) * N + n) * (2 * K * V) + c % 2 * (K * V)
             h_low = gl.load(ckpt_at + own, mask=in_state, other=0.0)
+            before = gl.maximum(c - 1, 0)  # the chunk whose turn is next
+            t_before = first + gl.minimum(before * C + lane % C, length - 1)
+            to_cache(v_at + t_before * v_st)
+            before_at = ckpt_ptr + ((slot + before // 2) * N + n) * (2 * K * V) + before % 2 * (K * V)
+            to_cache(before_at + gl.minimum(block * (BK * V) + lane * (BK * V // 32), K * V - 1))
             if HAS_DY:
+                to_cache(dy_at + t_before * dy_st)
                 async_copy.wait_group(1)
             else:
                 async_copy.wait_group(0)
@@ -260,7 +272,7 @@ def scan_backward_gluon_kernel(
                 f4 = fs.index(g).load(GATES)
                 for u in gl.static_range(4):
                     seed = outer(k8, only_step_at(v8, g % 2 * 4, u, BV), BK, BV, L)
-                    h, _, _ = advance(h, h.to(LOW), seed, pick(f4, u), W)
+                    h = walk(h, seed, pick(f4, u), W)
                 noted.index(g + 1).store(h.to(LOW))
             async_copy.wait_group(0)
             for back_8 in range(0, (groups + 1) // 2):
@@ -319,8 +331,19 @@ def scan_backward_gluon_kernel(
                     store_steps(dq_at + out * K, dq, steps, N * K, block * BK, K, BK)
                 store_steps(dk_at + out * K, dk, steps, N * K, block * BK, K, BK)
                 store_steps(dv_at + out * V, dv, steps, N * V, 0, V, BV)
-        gl.store(carry_at, carry, mask=in_state)
-        gl.store(dWt_at, dWt, mask=in_W)
+        if SHARED:
+            # Or 24 registers would keep these addresses during the walk.
+            here = again(block) - block
+            i_now = i + here
+            j_now = j + here
+            w_now = wi + here
+            carry_now = carry_ptr + sn * (K * V) + (i_now * V + j_now + block * (BK * V))
+            gl.store(carry_now, carry, mask=(i_now + block * BK < K) & (j_now < V))
+            dWt_now = dW_ptr + (sn * BLOCKS + block) * (V * V) + (j_now * V + w_now)
+            gl.store(dWt_now, dWt, mask=(w_now < V) & (j_now < V))
+        else:
+            gl.store(carry_at, carry, mask=in_state)
+            gl.store(dWt_at, dWt, mask=in_W)
         if SHARED:
             if unit_last < units:
                 hand_over(flags_ptr + scan)

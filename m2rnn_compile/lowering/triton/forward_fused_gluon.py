@@ -30,6 +30,7 @@ from .tile import (
     right_layout,
     stage_gate,
     stage_rows,
+    tile_in_shared,
     tile_layout,
     to_float,
 )  # fmt: skip
@@ -144,8 +145,8 @@ def scan_forward_fused_kernel(
     SHIFTS: gl.constexpr = max(WIDTH, 1)
     G_VEC: gl.constexpr = 8 if G_SHIFT % 8 == 0 else 4 if G_SHIFT % 4 == 0 else 2
 
-    ks = gl.allocate_shared_memory(LOW, [4, S, BK], ROW_MAJOR)
-    qs = gl.allocate_shared_memory(LOW, [4, S, BK], ROW_MAJOR)
+    ks = gl.allocate_shared_memory(LOW, [4, S, BK], tile_in_shared(BK))
+    qs = gl.allocate_shared_memory(LOW, [4, S, BK], tile_in_shared(BK))
     vs = gl.allocate_shared_memory(LOW, [4, S, BV], ROW_MAJOR)
     gs = gl.allocate_shared_memory(LOW, [4, S, BV], ROW_MAJOR)
     fs = gl.allocate_shared_memory(gl.float32, [4, S], LINE)

@@ -13,18 +13,20 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .tile import LINE, PRIVATE_REINTERPRET, ROW_MAJOR, _powers, right_layout, turned
+from .tile import PRIVATE_REINTERPRET, _powers, right_layout, turned
 
 
 @gluon.jit
 def in_blocks(shared, C: gl.constexpr, U: gl.constexpr, D: gl.constexpr):
-    """Staged steps [C, D] as C / U blocks of U steps, of which `.index(g)` picks one; numbers, D = 1, as lines of U."""
+    """Staged steps [C, D] as C / U blocks of U steps, of which `.index(g)` picks one; numbers, D = 1, as lines of U.
+
+    If rows of the layout are turned, it must be with a period that divides U.
+    """
     shape: gl.constexpr = [C // U, U] if D == 1 else [C // U, U, D]
-    layout: gl.constexpr = LINE if D == 1 else ROW_MAJOR
     if PRIVATE_REINTERPRET:
-        return shared._reinterpret(shared.dtype, shape, layout)
+        return shared._reinterpret(shared.dtype, shape, shared.layout)
     else:
-        return shared.reinterpret(shared.dtype, shape, layout)
+        return shared.reinterpret(shared.dtype, shape, shared.layout)
 
 
 @gluon.constexpr_function

@@ -3,22 +3,34 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from .config import next_power_of_2
 
 
-@triton.jit(do_not_specialize=["rows", "inner", "T", "t_first", "block_rows"])
-def reduce_kernel(
-    part_ptr, out_ptr, rows, inner, heads_in, T, t_first, block_rows,
+class Sum(NamedTuple):
+    """out[b, t_first + t, m] = Σ over blocks and g of part[block, b, t, m·G + g], each of D elements."""
+
+    part: Tensor  # [blocks, B, window, heads · G, D], contiguous but for its first axis
+    out: Tensor  # [B, T, heads, D], contiguous
+    G: int
+    blocks: int
+
+
+@triton.jit
+def _add(
+    part_ptr, out_ptr, program, rows, inner, heads_in, T, t_first, block_rows,
     BLOCKS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """out[b, t_first + t, m, d] = Σ over blocks and g of part[block, b, t, m·G + g, d].
+    """BR rows of the output: (b, t, m) with t inside the window; `inner` = window · heads_in of them per batch element.
 
-    Rows of the output are (b, t, m) with t inside the window; `inner` = window · heads_in of them per batch element.
-    A program takes BR of them and, for every block, BG of G heads at once: many loads in flight, for this only moves
-    bytes.
+    For every block, BG of G heads at once: many loads in flight, for this only moves bytes.
     """
-    r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    r = program.to(tl.int64) * BR + tl.arange(0, BR)
     g = tl.arange(0, BG)
     d = tl.arange(0, BD)
     total = tl.zeros((BR, BG, BD), tl.float32)
@@ -34,3 +46,89 @@ def reduce_kernel(
     out_row = b * T * heads_in + t_first * heads_in + (r - b * inner)
     mask = (r < rows)[:, None] & (d < D)[None, :]
     tl.store(out_ptr + (out_row * D)[:, None] + d[None, :], tl.sum(total, 1).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "inner", "heads_in", "T", "t_first", "block_rows"])
+def reduce_kernel(
+    part_ptr, out_ptr, rows, inner, heads_in, T, t_first, block_rows,
+    BLOCKS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """One sum."""
+    _add(
+        part_ptr, out_ptr, tl.program_id(0), rows, inner, heads_in, T, t_first, block_rows, BLOCKS, G, D, BR, BG, BD
+    )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        "T", "t_first",
+        "a_last", "a_rows", "a_inner", "a_heads", "a_stride", "b_last", "b_rows", "b_inner", "b_heads", "b_stride",
+        "c_last", "c_rows", "c_inner", "c_heads", "c_stride", "d_rows", "d_inner", "d_heads", "d_stride",
+    ]
+)  # fmt: skip
+def reduce_four_kernel(
+    T, t_first,
+    a_ptr, a_out, a_last, a_rows, a_inner, a_heads, a_stride,
+    b_ptr, b_out, b_last, b_rows, b_inner, b_heads, b_stride,
+    c_ptr, c_out, c_last, c_rows, c_inner, c_heads, c_stride,
+    d_ptr, d_out, d_rows, d_inner, d_heads, d_stride,
+    A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Four sums in one launch, so that one fills the GPU while another ends: programs up to a_last take the first."""
+    p = tl.program_id(0)
+    if p < a_last:
+        _add(a_ptr, a_out, p, a_rows, a_inner, a_heads, T, t_first, a_stride, A[0], A[1], A[2], A[3], A[4], A[5])
+    elif p < b_last:
+        _add(
+            b_ptr, b_out, p - a_last, b_rows, b_inner, b_heads, T, t_first, b_stride, B[0], B[1], B[2], B[3], B[4], B[5]
+        )
+    elif p < c_last:
+        _add(
+            c_ptr, c_out, p - b_last, c_rows, c_inner, c_heads, T, t_first, c_stride, C[0], C[1], C[2], C[3], C[4], C[5]
+        )
+    else:
+        _add(
+            d_ptr, d_out, p - c_last, d_rows, d_inner, d_heads, T, t_first, d_stride, D[0], D[1], D[2], D[3], D[4], D[5]
+        )
+
+
+def _split(s: Sum, window: int, warps: int | None) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+    """(programs, warps, numbers, constants) of a sum; a program has some 1024 elements a warp and load."""
+    B, _, heads = s.out.shape[:3]
+    D = s.out.shape[3] if s.out.dim() == 4 else 1
+    rows, BD = B * window * heads, next_power_of_2(D)
+    # Measured on an H200: few warps with many loads in flight each (docs/kernel-notes.md).
+    BG = min(next_power_of_2(s.G), 32)
+    if warps is None:
+        warps = 1 if BG * BD >= 1024 else 4
+    BR = 1 if BG * BD >= 1024 else min(1024, 1024 * warps // (BG * BD))
+    numbers = (rows, window * heads, heads, s.part.stride(0) // D if s.blocks > 1 else 0)
+    return triton.cdiv(rows, BR), warps, numbers, (s.blocks, s.G, D, BR, BG, BD)
+
+
+def add(s: Sum, window: int, t_first: int) -> None:
+    """One sum over a window of time."""
+    programs, warps, (rows, inner, heads, stride), (BLOCKS, G, D, BR, BG, BD) = _split(s, window, None)
+    if programs:
+        reduce_kernel[(programs,)](
+            s.part, s.out, rows, inner, heads, s.out.shape[1], t_first, stride,
+            BLOCKS=BLOCKS, G=G, D=D, BR=BR, BG=BG, BD=BD, num_warps=warps,
+        )  # fmt: skip
+
+
+def add_all(sums: list[Sum], window: int, t_first: int) -> None:
+    """All of at most four sums over the same window in one launch."""
+    split = [_split(s, window, 1) for s in sums]
+    last, arguments, constants = 0, [], []
+    for s, (programs, _, numbers, shape) in zip(sums, split, strict=True):
+        last += programs
+        arguments += [s.part, s.out, last, *numbers]
+        constants.append(shape)
+    for _ in range(4 - len(sums)):  # never reached: no program is beyond the last
+        arguments += arguments[-7:]
+        constants.append(constants[-1])
+    del arguments[-5]  # the fourth ends with the grid
+    if last:
+        reduce_four_kernel[(last,)](
+            sums[0].out.shape[1], t_first, *arguments, **dict(zip("ABCD", constants, strict=True)), num_warps=1
+        )

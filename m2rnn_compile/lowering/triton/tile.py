@@ -104,9 +104,12 @@ def copy_layout(D, NW):
 
 
 @gluon.constexpr_function
-def tile_in_shared(BV):
-    """A 16-bit [BK, BV] tile that stmatrix and ldmatrix reach without bank conflicts."""
-    chunks = BV // 8  # of 16 bytes in a row
+def tile_in_shared(D):
+    """16-bit rows of D elements, a tile's or staged steps, that stmatrix and ldmatrix reach without bank conflicts.
+
+    Both take eight rows at once, 16 bytes of each: where these lie is turned from row to row.
+    """
+    chunks = D // 8  # of 16 bytes in a row
     return gl.SwizzledSharedLayout(vec=8, per_phase=max(1, 8 // chunks), max_phase=min(8, chunks), order=[1, 0])
 
 
@@ -131,10 +134,13 @@ def column_of(position, BV: gl.constexpr):
 
 @gluon.jit
 def stage_rows(shared, ptr, stride_t, stride_d, t, left, d_first, D: gl.constexpr, C: gl.constexpr, BD: gl.constexpr,
-               ):  # fmt: skip
-    """Begin copying C steps from t of ptr[t, d_first : d_first + BD] to shared; zeros past `left` steps or past D."""
+               zero=0):  # fmt: skip
+    """Begin copying C steps from t of ptr[t, d_first : d_first + BD] to shared; zeros past `left` steps or past D.
+
+    zero: 0, as a number that `again` made, has the offsets computed here instead of kept in registers.
+    """
     L: gl.constexpr = copy_layout(BD, gl.num_warps())
-    i = gl.expand_dims(gl.arange(0, C, gl.SliceLayout(1, L)), 1)
+    i = gl.expand_dims(gl.arange(0, C, gl.SliceLayout(1, L)), 1) + zero
     d = gl.expand_dims(gl.arange(0, BD, gl.SliceLayout(0, L)), 0) + d_first
     at = ptr + t.to(gl.int64) * stride_t + (i.to(gl.int64) * stride_t + d * stride_d)
     ok = i < left
@@ -144,9 +150,9 @@ def stage_rows(shared, ptr, stride_t, stride_d, t, left, d_first, D: gl.constexp
 
 
 @gluon.jit
-def stage_gate(shared, ptr, stride_t, t, left, C: gl.constexpr):
+def stage_gate(shared, ptr, stride_t, t, left, C: gl.constexpr, zero=0):
     L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    i = gl.arange(0, C, L)
+    i = gl.arange(0, C, L) + zero
     at = ptr + t.to(gl.int64) * stride_t + i.to(gl.int64) * stride_t
     copy_to_shared(shared, at, mask=i < left)
 
@@ -216,13 +222,22 @@ def in_lines(p0, p1, p2, p3, BV: gl.constexpr):
 
 @gluon.constexpr_function
 def lines_layout(BV, NW):
-    """[4, 8 NW, BV], to be summed over its middle: columns, then steps, spread over threads first."""
-    column_lanes = min(32, BV // 2)
-    step_warps = min(4, NW)
-    step_lanes = min(32 // column_lanes, 4 // step_warps)
-    lanes = 32 // (column_lanes * step_lanes)
-    size = [1, 8 * NW // (lanes * (NW // step_warps)), 2]
-    return gl.BlockedLayout(size, [step_lanes, lanes, column_lanes], [step_warps, NW // step_warps, 1], [2, 1, 0])
+    """[4, 8 NW, BV], to be summed over its middle: two columns a thread; columns and steps spread over threads first.
+
+    Loads of 8 bytes go half a warp at a time. With lines of 64 bytes that half reads two at once, which must be
+    neighbours: two of one step or, where a warp has all steps, of two steps whose lines are taken in different order.
+    """
+    columns = [[0, 0, *x] for x in _powers(2, min(32, BV // 2))]
+    lines = [[0, *x, 0] for x in _powers(1, 8 * NW)]
+    in_warp = 2 - (NW.bit_length() - 1)  # bits of the step that are not the warp's number
+    steps, warps = [[1, 0, 0], [2, 0, 0]][:in_warp], [[1, 0, 0], [2, 0, 0]][in_warp:]
+    free = 5 - len(columns)  # bits of the lane's number
+    steps, own_steps = steps[:free], steps[free:]
+    free -= len(steps)
+    lines, own_lines = lines[:free], lines[free:]
+    return gl.DistributedLinearLayout(
+        [[0, 0, 1], *own_lines, *own_steps], columns + lines + steps, warps, [], [4, 8 * NW, BV]
+    )
 
 
 @gluon.jit
@@ -280,6 +295,34 @@ def advance(h, h_low, seed, f, W):
     z = tanh_hardware(u)
     e = h - z
     return h - (1.0 - f) * e, z, e
+
+
+@gluon.jit
+def blend(h, z, f):
+    """f H + (1-f) Z. f H does not wait for Z, so that one instruction stands between tanh and the next product."""
+    return gl.fma(z, gl.full(h.shape, 0.0, gl.float32, h.type.layout) + (1.0 - f), h * f)
+
+
+@gluon.jit
+def walk(h, seed, f, W):
+    """H_t alone, of `advance`."""
+    return blend(h, tanh_hardware(mma_v2(left_operand(h.to(W.dtype)), W, seed)), f)
+
+
+@gluon.jit
+def again(x):
+    """x, a number that all threads have, such that what depends on it is computed anew and not kept in registers."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def to_cache(at):
+    """Begin bringing the lines of these addresses into the L2 cache."""
+    gl.inline_asm_elementwise(
+        "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit

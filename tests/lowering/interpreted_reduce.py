@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums of partials: over blocks of rows, and over heads that share an input, window by window; see `test_triton.py`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from m2rnn_compile.lowering.triton.reduce import Sum, add, add_all
+
+B, T, T_FIRST, WINDOW = 2, 11, 3, 5
+
+
+def made(heads: int, G: int, D: int | None, blocks: int, dtype: torch.dtype) -> tuple[Sum, Tensor]:
+    """A sum over a window in the middle of time, its result poisoned, and what is to be in the result."""
+    shape = (heads * G,) if D is None else (heads * G, D)
+    part = torch.randn(blocks, B, WINDOW, *shape).to(dtype)
+    out = torch.full((B, T, *([heads] if D is None else [heads, D])), float("nan"), dtype=dtype)
+    want = out.clone()
+    total = part.float().sum(0).unflatten(2, (heads, G)).sum(3)
+    want[:, T_FIRST : T_FIRST + WINDOW] = total.to(dtype)
+    return Sum(part, out, G, blocks), want
+
+
+CASES = {
+    "q of 84 heads": (1, 84, 64, 1),
+    "v over blocks": (6, 1, 16, 2),
+    "f over blocks": (6, 1, None, 4),
+    "odd sizes": (3, 5, 20, 3),
+    "a copy": (2, 1, 8, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_one(case: str, dtype: torch.dtype) -> None:
+    s, want = made(*CASES[case], dtype)
+    add(s, WINDOW, T_FIRST)
+    torch.testing.assert_close(s.out, want, equal_nan=True)
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_all_at_once_equal_one_by_one(count: int) -> None:
+    torch.manual_seed(0)
+    sums = [made(*CASES[case], torch.float32)[0] for case in list(CASES)[:count]]
+    add_all(sums, WINDOW, T_FIRST)
+    for s in sums:
+        alone = s._replace(out=torch.full_like(s.out, float("nan")))
+        add(alone, WINDOW, T_FIRST)
+        assert torch.equal(alone.out.nan_to_num(7), s.out.nan_to_num(7))
+
+
+def test_nothing_to_add() -> None:
+    s, _ = made(1, 3, 4, 1, torch.float32)
+    empty = Sum(s.part[:, :0], s.out[:0], 3, 1)
+    add(empty, WINDOW, T_FIRST)
+    add_all([empty, empty], WINDOW, T_FIRST)

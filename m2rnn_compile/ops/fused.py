@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 
 from . import conv as conv  # the op m2rnn::conv_silu, of the same rewrite
 from . import registry
-from .library import LIB, functorch_active, register_autocast
+from .library import LIB, dtype_named, functorch_active, name_of, register_autocast
 from .reference import expand_heads, sum_shared_heads
 from .scan import DEFAULT_CHUNK
 from .validation import check_fused, check_tail_backward, num_checkpoints, state_dtype
@@ -32,7 +32,7 @@ from .validation import check_fused, check_tail_backward, num_checkpoints, state
 LIB.define(
     "fused_scan(Tensor q, Tensor k, Tensor v, Tensor f, Tensor W, Tensor? A_log, Tensor? dt_bias, Tensor? D, "
     "Tensor? g, Tensor? norm_weight, Tensor? initial_state, Tensor? cu_seqlens, float? state_grad_clip, str forget, "
-    "str activation, str norm, float norm_eps, ScalarType out_dtype, int chunk, str impl) "
+    "str activation, str norm, float norm_eps, str out_dtype, int chunk, str impl) "
     "-> (Tensor o, Tensor final_state, Tensor y, Tensor rstd, Tensor checkpoints)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -44,7 +44,7 @@ LIB.define(
 LIB.define(
     "fused_scan_packed(Tensor qkv, int[] sizes, Tensor f, Tensor W, Tensor? A_log, Tensor? dt_bias, Tensor? D, "
     "Tensor? g, Tensor? norm_weight, Tensor? initial_state, Tensor? cu_seqlens, float? state_grad_clip, str forget, "
-    "str activation, str norm, float norm_eps, ScalarType out_dtype, int chunk, str impl) "
+    "str activation, str norm, float norm_eps, str out_dtype, int chunk, str impl) "
     "-> (Tensor o, Tensor final_state, Tensor y, Tensor rstd, Tensor checkpoints)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -197,7 +197,8 @@ def _tail_kernels(lowering: ModuleType) -> ModuleType | None:
 @torch.library.impl(LIB, "fused_scan", "CompositeExplicitAutograd")
 def _fused_scan_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (q, k, v, f, W, A_log, dt_bias, D, g, norm_weight, initial_state, cu_seqlens, clip,
-     forget, activation, norm, norm_eps, out_dtype, chunk, impl) = args  # fmt: skip
+     forget, activation, norm, norm_eps, named, chunk, impl) = args  # fmt: skip
+    out_dtype = dtype_named(named)
     check_fused(*args[:17])
     if chunk < 0:
         raise ValueError(f"m2rnn: `chunk` must be >= 0 (0: inference, no checkpoints), got {chunk}")
@@ -245,7 +246,7 @@ def _fused_scan_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
     NC = num_checkpoints(B, T, S, chunk, cu_seqlens is not None)
     rstd = {"none": 0, "all": 1, "head": N}[norm]
     return (
-        v.new_empty(B, T, N, V, dtype=out_dtype),
+        v.new_empty(B, T, N, V, dtype=dtype_named(out_dtype)),
         v.new_empty(S, N, K, V, dtype=acc),
         v.new_empty(B, T, N, V) if keeps_y(D, g, norm, chunk) else v.new_empty(0),
         v.new_empty(B, T, rstd, dtype=acc) if chunk else v.new_empty(0, dtype=acc),
@@ -453,5 +454,5 @@ def m2rnn_fused(
         autocast = torch.is_autocast_enabled(v.device.type) and v.dtype != torch.float64
         out_dtype = torch.get_autocast_dtype(v.device.type) if autocast else v.dtype
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    o, final_state, *_ = _fused_scan(*arguments, out_dtype, DEFAULT_CHUNK if wanted else 0, impl)
+    o, final_state, *_ = _fused_scan(*arguments, name_of(out_dtype), DEFAULT_CHUNK if wanted else 0, impl)
     return o, final_state if output_final_state else None

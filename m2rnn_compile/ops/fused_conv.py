@@ -18,14 +18,14 @@ from torch import Tensor
 
 from . import fused, registry
 from .conv import check_conv
-from .library import LIB, register_autocast
+from .library import LIB, dtype_named, register_autocast
 from .validation import check_fused, state_dtype
 
 LIB.define(
     "fused_scan_conv(Tensor qkv, Tensor? conv_weight, Tensor? position, int[] sizes, Tensor f, Tensor W, "
     "Tensor? A_log, Tensor? dt_bias, Tensor? D, Tensor? g, Tensor? norm_weight, Tensor? initial_state, "
     "Tensor? cu_seqlens, float? state_grad_clip, str forget, str activation, str norm, float norm_eps, "
-    "ScalarType out_dtype, str impl) -> (Tensor o, Tensor final_state)",
+    "str out_dtype, str impl) -> (Tensor o, Tensor final_state)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _conv_silu = torch.ops.m2rnn.conv_silu.default
@@ -53,7 +53,7 @@ def _kernel(
     if kernels is not None:
         done: tuple[Tensor, Tensor] | None = kernels.fused_scan_conv(
             qkv, conv_weight, position, sizes, f, W, A_log, dt_bias, D, g, norm_weight, initial_state, cu_seqlens,
-            *options, out_dtype,
+            *options, dtype_named(out_dtype),
         )  # fmt: skip
         if done is not None:
             return done
@@ -72,7 +72,7 @@ def _fake(
     B, T, N, K, V, S = check_fused(*fused.unpack(qkv, sizes), *arguments)
     registry.check_name(impl)
     return (
-        qkv.new_empty(B, T, N, V, dtype=out_dtype),
+        qkv.new_empty(B, T, N, V, dtype=dtype_named(out_dtype)),
         qkv.new_empty(S, N, K, V, dtype=state_dtype(qkv)),
     )
 

@@ -12,6 +12,27 @@ from torch import Tensor
 LIB = torch.library.Library("m2rnn", "DEF")
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """As ops take it: "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+# A dtype goes through a schema by name: torch 2.11's AOTInductor packages hand a ScalarType over as torch.export's
+# number, which the process that loads them takes for another dtype (float32 for float64).
+_DTYPES = {name_of(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """torch.float32 of "float32".
+
+    Raises:
+        ValueError: it names no floating-point dtype that the ops know.
+    """
+    if name not in _DTYPES:
+        raise ValueError(f"m2rnn: `out_dtype` must be one of {', '.join(_DTYPES)}, got {name!r}")
+    return _DTYPES[name]
+
+
 def register_autocast(op_name: str, op: Callable[..., Any], low: tuple[int, ...]) -> None:
     """Under `torch.autocast`, cast the positional arguments `low` to the autocast dtype.
 

@@ -213,7 +213,7 @@ def whole_arguments(conv: bool, packed: bool = False) -> tuple[object, ...]:
     return (
         x, torch.randn(x.shape[2], 4) if conv else None, position() if packed and conv else None, [1, 1, N, K, V],
         torch.randn(*x.shape[:2], N), 0.3 * torch.randn(N, V, V), torch.randn(N), torch.randn(N), torch.randn(N, V),
-        torch.randn(*x.shape[:2], N, V), torch.randn(N, V), None, cu, 1.0, "decay", "silu", "all", 1e-5, torch.float32,
+        torch.randn(*x.shape[:2], N, V), torch.randn(N, V), None, cu, 1.0, "decay", "silu", "all", 1e-5, "float32",
         "auto",
     )  # fmt: skip
 

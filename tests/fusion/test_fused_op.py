@@ -45,7 +45,7 @@ def test_opcheck(case: str, layout: str) -> None:
     tensors = [LAYOUTS[layout](x.tensors[n]).detach().requires_grad_() if n in x.tensors else None for n in TENSORS]
     o = x.options
     args = (
-        *tensors, o["cu_seqlens"], 1.0, o["forget"], o["activation"], o["norm"], 1e-3, torch.bfloat16, 4, "auto"
+        *tensors, o["cu_seqlens"], 1.0, o["forget"], o["activation"], o["norm"], 1e-3, "bfloat16", 4, "auto"
     )  # fmt: skip
     opcheck(torch.ops.m2rnn.fused_scan.default, args)
     dense = [None if t is None else t.detach() for t in tensors]
@@ -68,7 +68,7 @@ def test_one_tensor_for_q_k_and_v(case: str) -> None:
     sizes = [q.shape[2], k.shape[2], v.shape[2], q.shape[3], v.shape[3]]
     tensors = [x.tensors[n].requires_grad_() if n in x.tensors else None for n in TENSORS]
     o = x.options
-    rest = (o["cu_seqlens"], 1.0, o["forget"], o["activation"], o["norm"], 1e-3, torch.float32, 64, "auto")
+    rest = (o["cu_seqlens"], 1.0, o["forget"], o["activation"], o["norm"], 1e-3, "float32", 64, "auto")
     opcheck(torch.ops.m2rnn.fused_scan_packed.default, (qkv, sizes, *tensors[3:], *rest))
     one = torch.ops.m2rnn.fused_scan_packed(qkv, sizes, *tensors[3:], *rest)
     three = torch.ops.m2rnn.fused_scan(*tensors, *rest)
@@ -80,11 +80,27 @@ def test_one_tensor_for_q_k_and_v(case: str) -> None:
         torch.ops.m2rnn.fused_scan_packed(qkv[..., 1:], sizes, *tensors[3:], *rest)
 
 
+def test_no_schema_hands_a_dtype_over() -> None:
+    """Packages of torch 2.11's AOTInductor would hand over another one."""
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("m2rnn::"):
+            schema = getattr(torch.ops.m2rnn, name.removeprefix("m2rnn::").partition(".")[0]).default._schema
+            assert "ScalarType" not in str(schema)
+
+
+@pytest.mark.parametrize("name", ["int32", "float", ""])
+def test_a_dtype_that_is_none_is_refused(name: str) -> None:
+    x = make_fused(**CASES["layer"])
+    inputs = [x.tensors.get(n) for n in TENSORS]
+    with pytest.raises(ValueError, match="`out_dtype` must be one of float16, bfloat16, float32, float64"):
+        torch.ops.m2rnn.fused_scan(*inputs, None, None, "decay", "silu", "all", 1e-5, name, 0, "auto")
+
+
 def test_inference_keeps_nothing_for_a_backward() -> None:
     x = make_fused(**CASES["layer"])
     inputs = [x.tensors.get(n) for n in TENSORS]
     *_, y, rstd, checkpoints = torch.ops.m2rnn.fused_scan(
-        *inputs, None, None, "decay", "silu", "all", 1e-5, torch.float32, 0, "auto"
+        *inputs, None, None, "decay", "silu", "all", 1e-5, "float32", 0, "auto"
     )
     assert y.numel() == rstd.numel() == checkpoints.numel() == 0
 
@@ -169,7 +185,7 @@ def test_what_it_cannot_do_is_said() -> None:
     with pytest.raises(NotImplementedError, match=r"torch\.vmap"):
         torch.vmap(lambda g: m2rnn_fused(**{**x.tensors, "g": g}, **x.options)[0])(x.tensors["g"][None])
     inference = torch.ops.m2rnn.fused_scan(
-        *(t.get(n) for n in TENSORS), None, None, "decay", "silu", "all", 1e-5, torch.float32, 0, "auto"
+        *(t.get(n) for n in TENSORS), None, None, "decay", "silu", "all", 1e-5, "float32", 0, "auto"
     )
     with pytest.raises(RuntimeError, match="chunk = 0"):
         inference[0].sum().backward()

@@ -219,7 +219,7 @@ def test_autocast_writes_the_low_dtype_for_the_projection(inside: bool) -> None:
     assert got.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(got, expected, atol=1e-2, rtol=2e-2)
     assert backend.parts() == LAYER
-    assert "torch.bfloat16, 64" in backend.graphs[0][1]  # out_dtype, chunk
+    assert "'bfloat16', 64" in backend.graphs[0][1]  # out_dtype, chunk
 
 
 def test_at_most_two_compilations_over_ten_lengths() -> None:

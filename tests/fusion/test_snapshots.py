@@ -74,7 +74,7 @@ return (rms_norm,)""",
         """\
 reshape = weight.reshape((4, 6))
 fused_scan_default = torch.ops.m2rnn.fused_scan.default(q, k, v, x, w, None, None, d, g, reshape,
-    None, None, None, 'sigmoid', 'silu', 'all', 1e-05, torch.float32, 0, 'auto')
+    None, None, None, 'sigmoid', 'silu', 'all', 1e-05, 'float32', 0, 'auto')
 getitem_3 = fused_scan_default[0]
 flatten_1 = getitem_3.flatten(-2)
 return (flatten_1,)""",

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from ...ops.fusion_switch import FusionSettings
+from ...ops.library import name_of
 from .match import SCAN, Match, _mutation, match, name, value
 from .match_conv import Conv, match_conv
 
@@ -214,7 +215,7 @@ def _replace(graph: Graph, m: Match) -> Node:
         g = _heads_of(graph, m.g, V)
         rest = (
             f if m.x_f is None else m.x_f, W, m.A_log, m.dt_bias, D, g, weight, initial_state, cu_seqlens,
-            clip, m.forget, m.activation, m.norm, m.norm_eps, dtype, chunk, impl,
+            clip, m.forget, m.activation, m.norm, m.norm_eps, name_of(dtype), chunk, impl,
         )  # fmt: skip
         if m.qkv is None:
             fused = graph.call_function(FUSED_SCAN, (q, k, v, *rest))

@@ -19,6 +19,7 @@ from m2rnn_compile.lowering.inductor import hook
 from m2rnn_compile.ops import conv as equations
 from m2rnn_compile.ops import fused as fused_op
 from m2rnn_compile.ops import fusion_switch
+from m2rnn_compile.ops.library import name_of
 from m2rnn_compile.testing import assert_accurate, low_precision_eager
 from tests.fusion.composed import CASES, compose, make_fused, run
 
@@ -86,7 +87,7 @@ class Whole:
         ]
 
     def arguments(self) -> tuple[Any, ...]:
-        return (self.qkv, self.weight, None, self.sizes, *self.rest, None, *self.options, self.dtype, "triton")
+        return (self.qkv, self.weight, None, self.sizes, *self.rest, None, *self.options, name_of(self.dtype), "triton")
 
     def composed(self, dtype: torch.dtype, scan: Any = None) -> dict[str, Tensor]:
         low = lambda x: None if x is None else x.to(dtype)
@@ -185,6 +186,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def make_layer(dtype: torch.dtype = BF16) -> M2RNN:
+    torch.manual_seed(0)
     layer = M2RNN(128, num_heads=12, device="cuda", dtype=dtype)
     assert layer.conv1d is not None
     torch.nn.init.normal_(layer.conv1d.weight, std=0.5)
@@ -197,11 +199,18 @@ def values_and_gradients(fn: Any, layer: M2RNN, x: Tensor) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, *layer.parameters()])]
 
 
-def assert_as_near_as(got: list[Tensor], eager: list[Tensor], truth: list[Tensor]) -> None:
-    """At most twice eager's error, or a hundredth of a percent in fp32."""
-    for a, e, t in zip(got, eager, truth, strict=True):
-        error, allowed = (a.double() - t).norm(), (e.double() - t).norm()
-        assert error <= 2 * allowed + 1e-4 * t.norm() * (a.dtype == FP32) + 1e-12, (tuple(t.shape), error, allowed)
+def assert_as_near_as(*runs: tuple[list[Tensor], list[Tensor], list[Tensor]]) -> None:
+    """Runs of (got, eager, truth): at most twice eager's error, or a hundredth of a percent in fp32.
+
+    Errors of a tensor are pooled over the runs: a gradient of twelve numbers alone can be off by chance.
+    """
+    pooled = lambda norms: torch.stack(norms).norm()
+    for i, x in enumerate(runs[0][0]):
+        error = pooled([(got[i].double() - truth[i]).norm() for got, _, truth in runs])
+        allowed = 2 * pooled([(eager[i].double() - truth[i]).norm() for _, eager, truth in runs])
+        if x.dtype == FP32:
+            allowed += 1e-4 * pooled([truth[i].norm() for _, _, truth in runs])
+        assert error <= allowed + 1e-12, (tuple(x.shape), error, allowed)
 
 
 def in_fp64(layer: M2RNN, x: Tensor) -> list[Tensor]:
@@ -222,12 +231,15 @@ def test_layer(setting: str, dtype: torch.dtype) -> None:
     layer = make_layer(dtype)
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    training, inference = [], []
     for T in (70, 130, 33):
         x = torch.randn(2, T, 128, device="cuda", dtype=dtype)
         eager, truth = values_and_gradients(layer, layer, x), in_fp64(layer, x)
-        assert_as_near_as(values_and_gradients(compiled, layer, x), eager, truth)
+        training.append((values_and_gradients(compiled, layer, x), eager, truth))
         with torch.no_grad():
-            assert_as_near_as([compiled(x)], eager[:1], truth[:1])
+            inference.append(([compiled(x)], eager[:1], truth[:1]))
+    assert_as_near_as(*training)
+    assert_as_near_as(*inference)
     assert counter.frame_count <= 4  # static and dynamic, with and without a backward
 
 
@@ -238,15 +250,21 @@ def test_modes(mode: str, setting: str) -> None:
     enable_fusion(True, **SETTINGS[setting])
     layer = make_layer()
     compiled = torch.compile(layer, mode=mode, fullgraph=True)
+    training, inference = [], []
     for seed in range(4):
         torch.manual_seed(seed)
         x = torch.randn(2, 70, 128, device="cuda", dtype=BF16)
         truth, eager = in_fp64(layer, x), values_and_gradients(layer, layer, x)
         torch.compiler.cudagraph_mark_step_begin()
-        assert_as_near_as([t.clone() for t in values_and_gradients(compiled, layer, x)], eager, truth)
+        training.append(([t.clone() for t in values_and_gradients(compiled, layer, x)], eager, truth))
         with torch.no_grad():
             torch.compiler.cudagraph_mark_step_begin()
-            assert_as_near_as([compiled(x).clone()], eager[:1], truth[:1])
+            inference.append(([compiled(x).clone()], eager[:1], truth[:1]))
+    for calls in (*training, *inference):  # nothing of another call's
+        for a, _, t in zip(*calls, strict=True):
+            assert (a.double() - t).norm() <= 0.1 * t.norm()
+    assert_as_near_as(*training)
+    assert_as_near_as(*inference)
 
 
 @pytest.mark.parametrize("setting", ["on", "conv"])
@@ -271,7 +289,9 @@ def test_inference_launches(setting: str) -> None:
     assert len(between) <= {"on": 4, "conv": 3}[setting], between
 
 
-def test_off_is_bit_for_bit_the_opaque_op() -> None:
+def test_off_is_bit_for_bit_the_opaque_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Inductor times configurations of a reduction against each other, and they add in different orders.
+    monkeypatch.setattr(torch._inductor.config, "deterministic", True)
     enable_fusion(False)
     layer, x = make_layer(), torch.randn(2, 70, 128, device="cuda", dtype=BF16)
     off = values_and_gradients(torch.compile(layer, fullgraph=True), layer, x)
@@ -291,7 +311,7 @@ model = torch._inductor.aoti_load_package(sys.argv[1])
 for x, y in torch.load(sys.argv[2]):
     got = model(x)
     assert (got - y).norm() <= 1e-4 * y.norm(), (got - y).norm() / y.norm()
-print("agrees")
+print("agrees", flush=True)
 """
 
 
@@ -305,7 +325,7 @@ def test_aot_inductor_package_in_another_process(tmp_path: Path) -> None:
         pairs = [(x, layer(x)), (x[:2, :33].contiguous(), layer(x[:2, :33].contiguous()))]
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
     torch.save(pairs, tmp_path / "io.pt")
-    command = [sys.executable, "-c", LOAD, str(path), str(tmp_path / "io.pt")]
+    command = [sys.executable, "-X", "faulthandler", "-c", LOAD, str(path), str(tmp_path / "io.pt")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "agrees" in done.stdout

@@ -1,7 +1,7 @@
 # The full run on one GPU: from the repository root, with the peers in .peers (README.md beside this):
-#   COMMIT=<git revision> bash bench/gpu_runs/full.sh
+#   COMMIT=<git revision> STEPS='op sweep' bash bench/gpu_runs/full.sh
 # Rows go to $OUT/*.jsonl one by one. Nothing starts after $LIMIT seconds, and what then runs gets SIGINT: it keeps its rows.
-LIMIT=${LIMIT:-470}
+LIMIT=${LIMIT:-560} WARM=${WARM:-160} STEPS=${STEPS:-op sweep layer step check rnn}
 mkdir -p "${OUT:=/tmp/m2rnn-bench}"
 export OUT PYTHONUNBUFFERED=1 NO_COLOR=1
 source bench/gpu_runs/peers.sh
@@ -15,28 +15,35 @@ step() {  # step NAME ARGUMENTS...: one bench process; its table to stdout and t
     | tee -a "$log" | cut -c1-175
   echo "== $name done at ${SECONDS}s" | tee -a "$log"
 }
-# 0. Compile ahead what peers would compile one by one (at most 75 s, 16 cores).
-shares=12
-for i in $(seq 0 $((shares - 1))); do timeout 75 python3 bench/gpu_runs/warm_xma.py $i $shares >>"$log" 2>&1 & done
-for p in mamba2 fla-gdn triton; do
-  timeout 75 python3 -m bench op --preset A,C,D --T 512 --gate-steps 64 --provider $p --runs 1 --out /tmp/warm-$p.jsonl >>"$log" 2>&1 &
+# 0. Compile ahead what peers would compile one by one, on all cores: the authors' kernel and Gated DeltaNet take two minutes by
+# themselves. What fla's autotuner chooses on a busy GPU is not kept: the run chooses anew.
+shares=9
+for i in $(seq 0 $((shares - 1))); do timeout 90 python3 bench/gpu_runs/warm_xma.py $i $shares >>"$log" 2>&1 & done
+for case in A:fla-gdn C:fla-gdn A:mamba2 C:mamba2 D:mamba2 A,C,D:triton; do
+  FLA_CACHE_RESULTS=0 timeout "$WARM" python3 -m bench op --preset "${case%:*}" --T 512 --gate-steps 64 --provider "${case#*:}" \
+    --mode forward+backward --runs 1 --out "/tmp/warm-${case/:/-}.jsonl" >>"$log" 2>&1 &
 done
 wait
 echo "== warm at ${SECONDS}s" | tee -a "$log"
-fast=triton,triton-compile,xma,fla-gdn,mamba2,sdpa
-# 1. The table: 20 runs of everything (budget 4 s a provider and mode: xma's 64 ms at C fit), gates on all steps.
-step op op --preset A,B,C,D --provider $fast --mode forward,forward+backward --budget 4
-# 2. The plot: C's heads at 2k to 64k. The gate looks at 1024 steps; an fp64 loop over 64k would take two minutes.
-step sweep op --preset C --T 2048,4096,8192,16384,32768,65536 --provider triton,xma,fla-gdn,sdpa --mode forward+backward \
-  --budget 6 --gate-steps 1024
-# 3. The layer at A, compiled with fusion and not; attention's beside it.
-step layer layer --preset A --provider triton,triton-compile,sdpa --mode inference,forward+backward
-# 4. One token.
-step step step --preset A
-# 5. Slow peers, few runs: cuDNN takes 60 to 530 ms a call. FlashRNN's Triton kernel did not compile with Triton 3.6.
-step rnn op --preset A,B,C,D --provider lstm,gru,flashrnn --mode forward,forward+backward --runs 5 --budget 0.5
-# 6. Accuracy on all steps, in the order of what is likely to fit (A 15 s, D 15 s, B 15 s, C 37 s).
-step check check --preset A,D,B,C --dtype bf16 --clip 1 --provider triton
+fast=triton,xma,fla-gdn,mamba2,sdpa
+for name in $STEPS; do
+  case $name in
+    # The table: 20 runs of everything (budget 4 s a provider and mode: xma's 64 ms at C fit), gates on all steps.
+    op) step op op --preset A,B,C,D --provider $fast --mode forward,forward+backward --budget 4 ;;
+    # The plot: C's heads at 2k to 64k. The gate looks at 1024 steps; an fp64 loop over 64k would take two minutes.
+    sweep) step sweep op --preset C --T 2048,4096,8192,16384,32768,65536 --provider triton,xma,fla-gdn,sdpa --mode forward+backward \
+      --budget 6 --gate-steps 1024 ;;
+    # The layer at A, compiled with fusion and not; attention's beside it.
+    layer) step layer layer --preset A --provider triton,triton-compile,sdpa --mode inference,forward+backward ;;
+    # One token.
+    step) step step step --preset A ;;
+    # Accuracy on all steps, in the order of what is likely to fit (A 15 s, D 15 s, B 15 s, C 37 s).
+    check) step check check --preset A,D,B,C --dtype bf16 --clip 1 --provider triton ;;
+    # Slow peers, few runs: cuDNN takes 60 to 530 ms a call. FlashRNN's Triton kernel did not compile with Triton 3.6.
+    rnn) step rnn op --preset A,B,C,D --provider lstm,gru,flashrnn --mode forward,forward+backward --runs 5 --budget 0.5 ;;
+    *) echo "full.sh: no step $name; there are op sweep layer step check rnn" >&2; exit 2 ;;
+  esac
+done
 [ -s "$OUT/op.jsonl" ] && [ -s "$OUT/sweep.jsonl" ] && timeout 40 python3 -m bench report "$OUT/sweep.jsonl" "$OUT/op.jsonl" \
   --summary --provider triton,xma,fla-gdn,sdpa --plot "$OUT" 2>&1 | cut -c1-300
 echo "== end at ${SECONDS}s"

@@ -221,6 +221,7 @@ def in_fp64(layer: M2RNN, x: Tensor) -> list[Tensor]:
     return values_and_gradients(wide, wide, x.double())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 def test_layer(setting: str, dtype: torch.dtype) -> None:
@@ -243,6 +244,7 @@ def test_layer(setting: str, dtype: torch.dtype) -> None:
     assert counter.frame_count <= 4  # static and dynamic, with and without a backward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["on", "conv"])
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_modes(mode: str, setting: str) -> None:
@@ -315,6 +317,7 @@ print("agrees", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_aot_inductor_package_in_another_process(tmp_path: Path) -> None:
     """That process imports this library, which registers the op; the kernels are Triton's and compile there."""
     layer = make_layer(FP32).eval()

@@ -178,6 +178,7 @@ def _segments(bounds, T):
     return list(zip(bounds, bounds[1:], strict=False)) if bounds else [(0, T)]
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 @pytest.mark.parametrize("packed", [False, True])
 def test_fla_equals_the_chunks_on_a_gpu(packed):

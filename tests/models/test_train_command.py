@@ -54,6 +54,7 @@ def test_packed_runs_resume_bit_by_bit(tmp_path, corpus, options):
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 def test_resume_on_a_gpu_is_bit_by_bit(tmp_path, corpus):
     config = dataclasses.replace(TRAIN, precision="bf16", device="cuda", compile=True)
     try:

@@ -229,7 +229,7 @@ backward         | registers <= 255 | stack <= 128 | shared <= 4096
 
     def test_gluon_sm90(self) -> None:
         self.check(gluon_kernels(90), """\
-forward A        | registers <= 192 | stack <= 128 | shared <= 27648
+forward A        | registers <= 255 | stack <= 128 | shared <= 27648
 forward B        | registers <= 152 | stack <= 128 | shared <= 27648
 forward C        | registers <= 104 | stack <= 128 | shared <= 19456
 forward D        | registers <= 255 | stack <= 128 | shared <= 160768

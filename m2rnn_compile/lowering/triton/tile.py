@@ -298,15 +298,10 @@ def advance(h, h_low, seed, f, W):
 
 
 @gluon.jit
-def blend(h, z, f):
-    """f H + (1-f) Z. f H does not wait for Z, so that one instruction stands between tanh and the next product."""
-    return gl.fma(z, gl.full(h.shape, 0.0, gl.float32, h.type.layout) + (1.0 - f), h * f)
-
-
-@gluon.jit
 def walk(h, seed, f, W):
-    """H_t alone, of `advance`."""
-    return blend(h, tanh_hardware(mma_v2(left_operand(h.to(W.dtype)), W, seed)), f)
+    """H_t alone, of `advance`. f H does not wait for tanh: one instruction stands between tanh and the next product."""
+    z = tanh_hardware(mma_v2(left_operand(h.to(W.dtype)), W, seed))
+    return gl.fma(z, gl.full(h.shape, 0.0, gl.float32, h.type.layout) + (1.0 - f), h * f)
 
 
 @gluon.jit

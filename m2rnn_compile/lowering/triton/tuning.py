@@ -59,6 +59,7 @@ def candidates(direction: str, K: int, V: int, kernel: str) -> list[LaunchConfig
         return []  # two warpgroups to 64 rows, and nothing else
     if direction == "forward":
         splits = [(16, 1), (32, 1), (32, 2), (64, 2), (64, 4)] if kernel == "gluon" else [(16, 1), (32, 1)]
+        splits += [(64, 1)] if kernel == "gluon" and BV == 16 else []
     else:
         splits = [(16, {16: 1, 32: 1, 64: 4}.get(BV, 8))] + ([(32, 1)] if BV == 16 else [])
     return [LaunchConfig(*s) for s in splits if s[0] <= max(16, next_power_of_2(K))]

@@ -85,7 +85,9 @@ def test_values_and_gradients(case: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("forward", "backward"), [((16, 1), 16), ((32, 2), 32), ((64, 1), 32), ((64, 2), 16), ((64, 4), 64)])
+@pytest.mark.parametrize(
+    ("forward", "backward"), [((16, 1), 16), ((32, 2), 32), ((64, 1), 32), ((64, 2), 16), ((64, 4), 64)]
+)
 def test_every_split_of_rows(forward: tuple[int, int], backward: int, dtype: torch.dtype) -> None:
     check(make_inputs(1, 19, 4, 64, 16, dtype=dtype, initial_state=True, seed=6), forward=forward, backward=backward)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our kernels by themselves at the benchmark's shapes, launch configuration by launch configuration.
 
-    python -m bench.gpu_runs.kernels --shape A,B --forward 64,2 64,1:4 64,1:8 --backward 32,1 --out kernels.jsonl
+    python -m bench.gpu_runs.launches --shape A,B --forward 64,2 64,1:4 64,1:8 --backward 32,1 --out kernels.jsonl
 
 A configuration is rows,warps[,registers][:programs a multiprocessor that share the scans out]. Times are medians with
 CUDA events behind a sleeping kernel, L2 flushed; the kernels of one call, by the profiler, stand beside them. Forward's
@@ -112,7 +112,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_runs.kernels", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_runs.launches", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", type=lambda text: text.split(","), default=["A", "B"], metavar="A,B,C,D")
     for direction in ("forward", "backward"):
         parser.add_argument(

@@ -52,11 +52,13 @@ def long_ones_first(items: list[pytest.Item]) -> list[pytest.Item]:
     On a GPU machine the suite then takes as long as its longest test, which compiles, and not that much longer.
     """
     slow = [item for item in items if item.get_closest_marker("slow")]
+    slow.sort(key=lambda item: "test_layer" in item.name or "test_modes" in item.name)  # these take a minute at most
     quick = [item for item in items if not item.get_closest_marker("slow")]
     pairs = [item for pair in zip(slow, quick, strict=False) for item in pair]
     return pairs + slow[len(quick) :] + quick[len(slow) :]
 
 
+@pytest.hookimpl(trylast=True)  # after -m has taken out what does not run
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         items[:] = long_ones_first(items)

@@ -65,13 +65,17 @@ def load(folder: Path, early: bool) -> dict[str, Any]:
     """How a process that loads and runs the package ends."""
     command = [sys.executable, "-X", "faulthandler", "-c", LOAD]
     command += [str(folder / "model.pt2"), str(folder / "pairs.pt"), "early" if early else "late"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        return {"returncode": None, "said": ["still", "running", "after", "120", "s"]}
     row: dict[str, Any] = {"returncode": done.returncode, "said": done.stdout.split()}
     if done.returncode != 0:
         row["stderr"] = done.stderr[-2000:]
         if done.returncode < 0 and shutil.which("gdb"):
             debug = ["gdb", "-batch", "-ex", "run", "-ex", "bt 25", "--args", *command]
-            row["frames"] = subprocess.run(debug, capture_output=True, text=True).stdout[-4000:]
+            frames = subprocess.run(["timeout", "120", *debug], capture_output=True, text=True)
+            row["frames"] = frames.stdout[-4000:]
     return row
 
 

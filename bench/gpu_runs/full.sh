@@ -1,7 +1,7 @@
 # The full run on one GPU: from the repository root, with the peers in .peers (README.md beside this):
 #   COMMIT=<git revision> STEPS='op sweep' bash bench/gpu_runs/full.sh
 # Rows go to $OUT/*.jsonl one by one. Nothing starts after $LIMIT seconds, and what then runs gets SIGINT: it keeps its rows.
-LIMIT=${LIMIT:-560} WARM=${WARM:-100} STEPS=${STEPS:-op sweep layer step check rnn}
+LIMIT=${LIMIT:-540} WARM=${WARM:-100} STEPS=${STEPS:-op sweep layer step check rnn}
 mkdir -p "${OUT:=/tmp/m2rnn-bench}"
 export OUT PYTHONUNBUFFERED=1 NO_COLOR=1
 source bench/gpu_runs/peers.sh
@@ -19,8 +19,8 @@ step() {  # step NAME ARGUMENTS...: one bench process; its table to stdout and t
 # themselves. Nothing is chosen here, on a busy GPU: the run tunes anew, from the cache.
 shares=8
 for i in $(seq 0 $((shares - 1))); do
-  timeout 90 python3 bench/gpu_runs/warm_xma.py $i $shares >>"$log" 2>&1 &
-  timeout 90 python3 bench/gpu_runs/warm_fla.py $i $shares >>"$log" 2>&1 &
+  timeout "$WARM" python3 bench/gpu_runs/warm_xma.py $i $shares >>"$log" 2>&1 &
+  timeout "$WARM" python3 bench/gpu_runs/warm_fla.py $i $shares >>"$log" 2>&1 &
 done
 for case in A:mamba2 C:mamba2 A,C,D:triton; do
   timeout "$WARM" python3 -m bench op --preset "${case%:*}" --T 512 --gate-steps 64 --provider "${case#*:}" \

@@ -68,10 +68,14 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
     pinned = lowering.shared_programs
+    launched: list[int | None] = []  # how many programs share the scans out; None: one to a scan
 
-    def shared(per: int, scans: int, warps: int, BV: int, multiprocessors: int, hopper: bool) -> int | None:
-        programs = per * multiprocessors // warps
-        return programs if hopper and scans > programs else None
+    def shared(per: int | None, scans: int, warps: int, BV: int, multiprocessors: int, hopper: bool) -> int | None:
+        programs = pinned(scans, warps, BV, multiprocessors, hopper)
+        if per is not None:
+            programs = per * multiprocessors // warps if hopper and scans > per * multiprocessors // warps else None
+        launched.append(programs)
+        return programs
 
     for name in args.shape:
         s = PRESETS[name]
@@ -82,8 +86,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for direction in ("forward", "backward"):
             for c in [None, *getattr(args, direction)]:
                 config = c and lowering.LaunchConfig(*c.config)
-                if c is not None and c.programs is not None:
-                    lowering.shared_programs = functools.partial(shared, c.programs)
+                lowering.shared_programs = functools.partial(shared, c and c.programs)
                 call: Callable[[], tuple[torch.Tensor, ...]]
                 if direction == "forward":
                     call = functools.partial(lowering.scan, *inputs, 1.0, 64, config=config)
@@ -103,6 +106,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     times: dict[str, float] = {}
                     for kernel, us in kernels_of(call):
                         times[kernel[:40]] = times.get(kernel[:40], 0.0) + us / 1e3
+                    row["programs"] = launched[-1] if launched else None
                     row["kernels_ms"] = {k: round(times[k], 4) for k in sorted(times, key=times.__getitem__)[:-5:-1]}
                 except RuntimeError as e:  # registers or shared memory that a program cannot have
                     row["failed"] = f"{type(e).__name__}: {str(e).splitlines()[0]}"

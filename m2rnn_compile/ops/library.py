@@ -19,7 +19,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 # A dtype goes through a schema by name: torch 2.11's AOTInductor packages hand a ScalarType over as torch.export's
 # number, which the process that loads them takes for another dtype (float32 for float64).
-_DTYPES = {name_of(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+DTYPES = {name_of(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -28,9 +28,9 @@ def dtype_named(name: str) -> torch.dtype:
     Raises:
         ValueError: it names no floating-point dtype that the ops know.
     """
-    if name not in _DTYPES:
-        raise ValueError(f"m2rnn: `out_dtype` must be one of {', '.join(_DTYPES)}, got {name!r}")
-    return _DTYPES[name]
+    if name not in DTYPES:
+        raise ValueError(f"m2rnn: `out_dtype` must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
 
 
 def register_autocast(op_name: str, op: Callable[..., Any], low: tuple[int, ...]) -> None:

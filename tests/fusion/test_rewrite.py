@@ -112,6 +112,21 @@ def test_variant(variant: str, dtype: torch.dtype) -> None:
     assert not backend.records[-1].training
 
 
+@pytest.mark.parametrize("low", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_rounding_to_eight_bits_stays_where_it_is(low: torch.dtype) -> None:
+    """Behind the op, and between two parts: there it ends what moves into the op."""
+    behind = lambda t: (scan(t) * F.silu(t["g"])).to(low)
+    between = lambda t: scan(t).to(low).float() * F.silu(t["g"])
+    t = tensors()
+    for fn, parts in ((behind, 1), (between, 0)):
+        backend = Rewriting()
+        with torch.no_grad():
+            got, expected = torch.compile(fn, backend=backend, fullgraph=True)(t), fn(t)
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got.float(), expected.float(), atol=1e-5, rtol=1e-4)
+        assert sum("SiLU(g)" in r.fused for r in backend.records) == parts
+
+
 def in_place(t: dict[str, Tensor]) -> Tensor:
     g = t["g"].detach() * 1
     y = scan(t)

@@ -202,10 +202,14 @@ def values_and_gradients(fn: Any, layer: M2RNN, x: Tensor) -> list[Tensor]:
 def assert_as_near_as(*runs: tuple[list[Tensor], list[Tensor], list[Tensor]]) -> None:
     """Runs of (got, eager, truth): at most twice eager's error, or a hundredth of a percent in fp32.
 
-    Errors of a tensor are pooled over the runs: a gradient of twelve numbers alone can be off by chance.
+    Errors of few numbers are pooled over the runs: a gradient of twelve numbers alone can be off by chance.
     """
     pooled = lambda norms: torch.stack(norms).norm()
     for i, x in enumerate(runs[0][0]):
+        if len(runs) > 1 and x.numel() >= 1000:
+            for got, eager, truth in runs:
+                assert_as_near_as(([got[i]], [eager[i]], [truth[i]]))
+            continue
         error = pooled([(got[i].double() - truth[i]).norm() for got, _, truth in runs])
         allowed = 2 * pooled([(eager[i].double() - truth[i]).norm() for _, eager, truth in runs])
         if x.dtype == FP32:
@@ -264,7 +268,7 @@ def test_modes(mode: str, setting: str) -> None:
             inference.append(([compiled(x).clone()], eager[:1], truth[:1]))
     for calls in (*training, *inference):  # nothing of another call's
         for a, _, t in zip(*calls, strict=True):
-            assert (a.double() - t).norm() <= 0.1 * t.norm()
+            assert a.numel() < 1000 or (a.double() - t).norm() <= 0.1 * t.norm()
     assert_as_near_as(*training)
     assert_as_near_as(*inference)
 

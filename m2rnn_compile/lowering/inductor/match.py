@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ...ops.library import DTYPES
+
 SCAN = torch.ops.m2rnn.scan.default
 CASTS = ("to", "_to_copy", "float", "half", "bfloat16", "type_as", "convert_element_type")
 VIEWS = ("flatten", "unflatten", "reshape", "view", "_unsafe_view")
@@ -84,13 +86,13 @@ def _shape(n: Any) -> tuple[Any, ...] | None:
 
 
 def _is_cast(n: Any) -> bool:
-    """Between float dtypes on one device."""
+    """Between float dtypes that the ops know, on one device. A rounding to eight bits is meant, and stays."""
     if name(n) not in CASTS or not n.args or not isinstance(n.args[0], Node):
         return False
     before, after = value(n.args[0]), value(n)
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return False
-    floats = before.dtype.is_floating_point and after.dtype.is_floating_point
+    floats = before.dtype in DTYPES.values() and after.dtype in DTYPES.values()
     narrows_fp64 = before.dtype != after.dtype and torch.float64 in (before.dtype, after.dtype)
     return floats and not narrows_fp64 and before.device == after.device
 

@@ -43,7 +43,7 @@ def _add(
             mask = in_row & (g < G - first)[None, :, None]
             total += tl.load(at + (block * block_stride + first * D), mask=mask, other=0.0).to(tl.float32)
     b = r // inner
-    out_row = b * T * heads_in + t_first * heads_in + (r - b * inner)
+    out_row = (b * T + t_first) * heads_in + (r - b * inner)
     mask = (r < rows)[:, None] & (d < D)[None, :]
     tl.store(out_ptr + (out_row * D)[:, None] + d[None, :], tl.sum(total, 1).to(out_ptr.dtype.element_ty), mask=mask)
 

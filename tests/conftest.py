@@ -22,6 +22,9 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="m2rnn-
 import pytest
 import torch
 
+from m2rnn_compile import enable_fusion
+from m2rnn_compile.ops import fusion_switch
+
 try:
     import hypothesis
 except ImportError:  # a GPU machine may have torch and pytest only; property tests are not GPU tests
@@ -71,12 +74,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _isolation() -> Iterator[None]:
-    """The same random numbers for every test, in whatever order and process; no compiled code left behind."""
+    """The same random numbers for every test, in whatever order and process; no compiled code or setting left behind."""
     random.seed(0)
     torch.manual_seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
+    fusion = fusion_switch.SETTINGS
     yield
+    if fusion != fusion_switch.SETTINGS:
+        enable_fusion(**fusion._asdict())
     torch.use_deterministic_algorithms(False)  # a trainer switches it on
     torch.utils.deterministic.fill_uninitialized_memory = True
     if "torch._dynamo" in sys.modules:

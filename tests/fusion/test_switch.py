@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,13 +21,6 @@ from tests.fusion.compiling import fusion_on_cpu
 
 __all__ = ["fusion_on_cpu"]
 ALL = ("q | k | v as one tensor", "decay gate", "D ⊙ v", "SiLU(g)", "RMSNorm over N·V")
-
-
-@pytest.fixture(autouse=True)
-def _restore() -> Iterator[None]:
-    before = fusion_switch.SETTINGS
-    yield
-    enable_fusion(**before._asdict())
 
 
 def make_layer() -> M2RNN:

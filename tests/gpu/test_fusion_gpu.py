@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,12 @@ from m2rnn_compile import M2RNN, enable_fusion, m2rnn_fused
 from m2rnn_compile.lowering.inductor import hook
 from m2rnn_compile.ops import conv as equations
 from m2rnn_compile.ops import fused as fused_op
-from m2rnn_compile.ops import fusion_switch
 from m2rnn_compile.ops.library import name_of
 from m2rnn_compile.testing import assert_accurate, low_precision_eager
 from tests.fusion.composed import CASES, compose, make_fused, run
 
 pytestmark = pytest.mark.gpu
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-
-@pytest.fixture(autouse=True)
-def _restore() -> Iterator[None]:
-    before = fusion_switch.SETTINGS
-    yield
-    enable_fusion(**before._asdict())
 
 
 # ---- ops ------------------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _isolation() -> Iterator[None]:
-    """The same random numbers for every test, in whatever order and process; no compiled code or setting left behind."""
+    """The same random numbers for every test, in whatever order and process; nothing set or compiled is left."""
     random.seed(0)
     torch.manual_seed(0)
     if "numpy" in sys.modules:

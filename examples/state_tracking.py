@@ -157,6 +157,7 @@ class Carry(NamedTuple):
     floor: float = 0.0  # at least so much later
     relabel: bool = True  # a wrong word goes on from the product the model said; else it ends and a new one begins
     every: tuple[int, int] = (2, 4)  # elements between noise and noise: while the rule is learned, and later
+    at_once: bool = True  # learn from words of 16 over all elements at once
     enough: float = 0.9  # share of right training words at which carrying begins
     rate: float = 1.0  # learning rate at the beginning of carrying, of that while the rule is learned
     segment: int = 16
@@ -165,8 +166,8 @@ class Carry(NamedTuple):
 def carry_of(elements: int, **changes: Any) -> Carry:
     """What was found for groups of that size, see docs/reproduction.md: S3 needs no noise, and S5, relabelled, stayed
     wrong."""
-    known = Carry() if elements < 60 else Carry(noise=0.15, floor=0.02, relabel=False, enough=ENOUGH, rate=0.5)
-    return known._replace(**changes)
+    large = dict(noise=0.15, floor=0.02, relabel=False, at_once=False, enough=ENOUGH, rate=0.5)
+    return Carry(**(large if elements >= 60 else {}) | changes)
 
 
 class Spec(NamedTuple):
@@ -388,7 +389,8 @@ class Training:
         self.rate = torch.tensor(0.0, device=device)
         self._new_optimizer(0.95 if self.carry is None else 0.99)
         self._start([spec.learning_rate * min(1, (i + 1) / 100) for i in range(setting.steps + 1)])
-        self.use(*stages(len(self.table))[0])
+        self.stages = stages(len(self.table), self.carry is not None and self.carry.at_once)
+        self.use(*self.stages[0])
 
     def _new_optimizer(self, beta2: float) -> None:
         gpu = self.device.type == "cuda"
@@ -584,15 +586,16 @@ def falling(peak: float, end: float, steps: int, warm_up: int = 1) -> list[float
     return [peak * min(1, (i + 1) / warm_up) * down(i) for i in range(steps + 1)]
 
 
-def stages(elements: int) -> list[tuple[int, int]]:
+def stages(elements: int, at_once: bool = False) -> list[tuple[int, int]]:
     """(elements, length) of the words in turn while the rule is learned: over few elements, then all, then longer ones.
 
-    Over all of S5 at once, even words of length 3 teach a model nothing for thousands of steps; a GRU excepted. Small
-    groups are learned from words of 16 at once. No longer words here: at the full learning rate, words much longer than
-    what is right so far undo what was learned.
+    Over all of S5 at once, even words of length 3 teach a model nothing for thousands of steps; a GRU excepted. M²RNN
+    learns small groups from the last stage `at_once`, and carries its state better then; a GRU did not learn S3 from it
+    in 700 steps. No longer words here: at the full learning rate, words much longer than what is right so far undo what
+    was learned.
     """
-    few = [(n, 8) for n in (5, 11, 31, 60, 120) if n <= elements]
-    return [*(few if elements >= 60 else ()), (elements, 16)]
+    few = [(n, 8) for n in (5, 11, 31, 60) if n < elements]
+    return [(elements, 16)] if at_once else [*few, (elements, 8), (elements, 16)]
 
 
 def train_and_test(
@@ -615,7 +618,7 @@ def train_and_test(
     if file is not None and file.exists():
         training.load(file)
         training.done = setting.steps
-    waiting, reached = stages(len(training.table)), {}
+    waiting, reached = list(training.stages), {}
     of = len(waiting)
     enough = ENOUGH if training.carry is None else training.carry.enough
     while training.done < setting.steps and (waiting or training.right <= enough):

@@ -90,6 +90,7 @@ def test_training_goes_from_few_elements_to_all_and_from_short_words_to_long(tra
         stages = tracking.stages(size)
         assert stages[-1] == (size, 16)
         assert stages == sorted(stages)
+        assert tracking.stages(size, at_once=True) == stages[-1:]
     lengths, shares = zip(*tracking.POLISHING, strict=True)
     assert lengths == tuple(sorted(lengths))
     assert shares == tuple(sorted(shares))
@@ -122,7 +123,7 @@ def test_every_model_learns_something_and_tells_no_future(tracking):
 
 def test_a_trained_model_solves_parity_at_many_times_its_length(tracking, monkeypatch):
     """A small one, trained in a few seconds on words of 16 at most."""
-    monkeypatch.setattr(tracking, "stages", lambda elements: [(2, 8), (2, 16)])
+    monkeypatch.setattr(tracking, "stages", lambda *_: [(2, 8), (2, 16)])
     monkeypatch.setattr(tracking, "TEST_LENGTH", 256)
     monkeypatch.setattr(tracking, "LENGTHS", [16, 128, 256, 512, 4096][:3])
     spec = tracking.MODELS["m2rnn, for state tracking"]

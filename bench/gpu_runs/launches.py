@@ -3,8 +3,8 @@
 
     python -m bench.gpu_runs.launches --shape A,B --forward 64,2 64,1:4 64,1:8 --backward 32,1 --out kernels.jsonl
 
-A configuration is rows,warps[,registers][:programs a multiprocessor that share the scans out]. Times are medians with
-CUDA events behind a sleeping kernel, L2 flushed; the kernels of one call, by the profiler, stand beside them. Forward's
+A configuration is rows,warps[,registers][:programs a multiprocessor that share the scans out]. Times are medians, taken
+as the benchmark takes them; the kernels of one call, by the profiler, stand beside them. Forward's
 results are checked against the pinned configuration's: equal to the rounding of partial sums, or the row says how far.
 """
 
@@ -23,6 +23,7 @@ from m2rnn_compile.testing import make_inputs
 
 from ..environment import of_row
 from ..shapes import PRESETS
+from ..timing import clock_for, measure_interleaved
 from .fusion import kernels_of
 
 
@@ -47,26 +48,10 @@ def choice(text: str) -> Choice:
     return Choice(text, numbers, int(programs) if programs else None)
 
 
-def median_ms(call: Callable[[], object], runs: int, flush: torch.Tensor) -> float:
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(runs):
-        flush.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(2_000_000)  # the launches queue up behind it, and their own time is not seen
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
-
-
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from m2rnn_compile.lowering import triton as lowering
 
-    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    clock = clock_for(torch.device("cuda"))
     pinned = lowering.shared_programs
     launched: list[int | None] = []  # how many programs share the scans out; None: one to a scan
 
@@ -102,7 +87,9 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                         row["differs"] = [
                             ((a - b).norm() / b.norm()).item() for a, b in zip(got, (y, state), strict=False)
                         ]
-                    row["median_ms"] = median_ms(call, args.runs, flush)
+                    variants = {"it": functools.partial(functools.partial, call)}
+                    timed = measure_interleaved(variants, clock, runs=args.runs, budget_s=20.0)
+                    row["median_ms"] = timed["it"].median_ms
                     times: dict[str, float] = {}
                     for kernel, us in kernels_of(call):
                         times[kernel[:40]] = times.get(kernel[:40], 0.0) + us / 1e3

@@ -126,7 +126,7 @@ def test_candidates_fit_the_state(K: int, V: int, kernel: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(2, 7, 64, 16), (2, 3, 64, 32), (1, 2, 50, 20), (4, 2, 64, 64)])
+@pytest.mark.parametrize("shape", [(2, 7, 64, 16), (2, 3, 64, 32), (1, 2, 50, 20), (1, 2, 64, 64)])
 def test_every_candidate_is_right_and_the_choice_is_used(
     shape: tuple[int, int, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,8 +138,7 @@ def test_every_candidate_is_right_and_the_choice_is_used(
     used = []
     for name in ("forward_config", "backward_config"):
         monkeypatch.setattr(lowering, name, lambda *_, name=name: used.append(name))
-    # At V = 64 single steps of a few heads are the known exception of docs/kernel-notes.md, 23.
-    for T in (9 if V > 32 else 1, 65):
+    for T in (1, 65):
         x = make_inputs(n, T, N, K, V, dtype=torch.bfloat16, device="cuda", state_grad_clip=1.0)
         assert_accurate(run(x, impl="triton"), oracle(x, impl="eager"), run_low_precision(x))
     assert used == [], "no length asks for another"

@@ -4,7 +4,7 @@
     python -m bench.gpu_runs.aot --out aot.jsonl     # all three side by side, a minute or two each, mostly compiling
 
 One row a package: seconds to compile it, and how the process that loads it ended, with CUDA started before or not.
-Where that process dies and gdb is installed, the row holds the innermost frames.
+Where that process dies and gdb or cuda-gdb is installed, the row holds the innermost frames.
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ def load(folder: Path, early: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"returncode": done.returncode, "said": done.stdout.split()}
     if done.returncode != 0:
         row["stderr"] = done.stderr[-2000:]
-        if done.returncode < 0 and shutil.which("gdb"):
-            debug = ["gdb", "-batch", "-ex", "run", "-ex", "bt 25", "--args", *command]
+        debugger = shutil.which("gdb") or shutil.which("cuda-gdb")
+        if done.returncode < 0 and debugger:
+            debug = [debugger, "-batch", "-ex", "run", "-ex", "bt 25", "--args", *command]
             frames = subprocess.run(["timeout", "120", *debug], capture_output=True, text=True)
             row["frames"] = frames.stdout[-4000:]
     return row

@@ -33,8 +33,8 @@ INTERPRETED = triton.knobs.runtime.interpret
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 MAX_V = 128
 FUSED = "m2rnn_compile.lowering.triton.fused"  # where the kernels of the fused scan's tail are, see ops/fused.py
-# Backward's partials of one window of time; small enough to stay in a 50 MB L2, large enough for few launches.
-WINDOW_BYTES = 128 * 2**20
+# Backward's partials of one window of time: larger is faster, and its size adds to the peak (docs/kernel-notes.md, 48).
+WINDOW_BYTES = 144 * 2**20
 # Steps between two states that the Gluon forward keeps: 16-bit, so two of them fill one fp32 checkpoint of the op.
 GLUON_CHUNK = 32
 

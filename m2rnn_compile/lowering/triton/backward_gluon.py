@@ -54,7 +54,6 @@ from .tile import (
     tile_layout,
     to_cache,
     turned,
-    walk,
 )  # fmt: skip
 
 
@@ -272,7 +271,7 @@ def scan_backward_gluon_kernel(
                 f4 = fs.index(g).load(GATES)
                 for u in gl.static_range(4):
                     seed = outer(k8, only_step_at(v8, g % 2 * 4, u, BV), BK, BV, L)
-                    h = walk(h, seed, pick(f4, u), W)
+                    h, _, _ = advance(h, h.to(LOW), seed, pick(f4, u), W)
                 noted.index(g + 1).store(h.to(LOW))
             async_copy.wait_group(0)
             for back_8 in range(0, (groups + 1) // 2):

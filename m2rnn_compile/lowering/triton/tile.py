@@ -298,13 +298,6 @@ def advance(h, h_low, seed, f, W):
 
 
 @gluon.jit
-def walk(h, seed, f, W):
-    """H_t alone, of `advance`. f H does not wait for tanh: one instruction stands between tanh and the next product."""
-    z = tanh_hardware(mma_v2(left_operand(h.to(W.dtype)), W, seed))
-    return gl.fma(z, gl.full(h.shape, 0.0, gl.float32, h.type.layout) + (1.0 - f), h * f)
-
-
-@gluon.jit
 def again(x):
     """x, a number that all threads have, such that what depends on it is computed anew and not kept in registers."""
     return gl.inline_asm_elementwise(

@@ -6,12 +6,17 @@ what; so its functions run with `gl` replaced by torch. Layouts are ignored, pro
 written as inline PTX are replaced whole, and programs run one after the other, in order.
 
 Checked on the way: every address that is not masked lies in its tensor; shared memory is NaN until written; what
-cp.async copies is there only after the wait for its group; a program waits only for flags that are set.
+cp.async copies is there only after the wait for its group; a program waits only for flags that are set; the partitions
+of a program do not wait for each other. A warpgroup product is done where it is begun.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+import threading
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,6 +83,9 @@ class Shared:
     def permute(self, order: Any) -> Shared:
         return Shared(self.x.permute(order))
 
+    def slice(self, first: int, length: int, dim: int) -> Shared:
+        return Shared(self.x.narrow(dim, first, length))
+
     def reinterpret(self, dtype: Any, shape: Any, layout: Any = None) -> Shared:
         return Shared(self.x.view(shape))
 
@@ -90,8 +98,8 @@ class Shared:
         self.x.copy_(x)
 
 
-class Copies:
-    """cp.async: nothing is there before the wait for its group."""
+class Copies(threading.local):
+    """cp.async: nothing is there before the wait for its group. Each partition has groups of its own."""
 
     def __init__(self) -> None:
         self.now: list[Any] = []
@@ -111,11 +119,72 @@ class Copies:
                 shared.x.copy_(at.load(mask))
 
 
+class Partitions:
+    """Of a program, by turns: each runs until it waits for an mbarrier that another has still to arrive at.
+
+    `mbarrier` as kernels see it; a barrier holds how many phases of it are over.
+    """
+
+    def __init__(self) -> None:
+        self.turn = threading.Condition()
+        self.running: list[int] = []  # whose turn it is, and who comes after
+        self.stuck = 0  # turns since the last arrival
+        self.failure: BaseException | None = None
+
+    MBarrierLayout = staticmethod(lambda: None)
+
+    def init(self, barrier: Shared, count: int) -> None:
+        assert count == 1
+        barrier.x.zero_()
+
+    def arrive(self, barrier: Shared) -> None:
+        barrier.x.add_(1)
+        self.stuck = 0
+
+    def wait(self, barrier: Shared, parity: Any) -> None:
+        while int(barrier.x) % 2 == int(parity):
+            self.stuck += 1
+            assert self.stuck <= len(self.running), "the partitions wait for each other"
+            with self.turn:
+                me = self.running.pop(0)
+                self.running.append(me)
+                self.turn.notify_all()
+                self.turn.wait_for(lambda: self.failure or self.running[0] == me)  # noqa: B023
+            if self.failure:
+                raise RuntimeError("another partition failed")
+
+    def run(self, functions: list[Callable[[], None]]) -> None:
+        self.running = list(range(len(functions)))
+
+        def one(me: int) -> None:
+            with self.turn:
+                self.turn.wait_for(lambda: self.failure or self.running[0] == me)
+            try:
+                with torch.no_grad():
+                    if not self.failure:
+                        functions[me]()
+            except BaseException as e:
+                self.failure = self.failure or e
+            with self.turn:
+                self.running.remove(me)
+                self.stuck = 0
+                self.turn.notify_all()
+
+        threads = [threading.Thread(target=one, args=(i,)) for i in range(len(functions))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self.failure:
+            raise self.failure
+
+
 PTX = {
     "tanh.approx": lambda x: torch.tanh(x),
     "rcp.approx": lambda x: torch.sigmoid(x),  # `logistic`
     "rsqrt.approx": lambda x: torch.rsqrt(x),
     "shl.b32 $0, $2, 16": lambda x: x.to(torch.float32),  # `to_float`
+    "cvt.rn.satfinite.f16x2": lambda x: x.clamp(-65504, 65504).to(torch.float16),  # `to_half`
     "shfl.sync.idx": lambda x: x,  # `again`
     "prefetch.global.L2": lambda at: at.load(),  # fails where there is no memory
 }
@@ -135,16 +204,21 @@ class Language:
     constexpr = staticmethod(lambda x: x)
     static_range = range
     inline_asm_elementwise = staticmethod(inline_asm)
-    SliceLayout = BlockedLayout = staticmethod(lambda *_, **__: None)
+    SliceLayout = BlockedLayout = DotOperandLayout = staticmethod(lambda *_, **__: None)
 
-    def __init__(self, program: int, programs: int, warps: int) -> None:
-        self.program, self.programs, self.warps = program, programs, warps
+    def __init__(self, program: tuple[int, ...], grid: tuple[int, ...], warps: int) -> None:
+        self.program, self.grid, self.warps = program, grid, warps
+        self.partitions = Partitions()
+
+    def warp_specialize(self, functions: Any, warps: Any, registers: Any) -> None:
+        assert [*warps] == [self.warps] * (len(functions) - 1)
+        self.partitions.run([functools.partial(f, *arguments) for f, arguments in functions])
 
     def program_id(self, axis: int) -> Any:
-        return block(torch.tensor(self.program if axis == 0 else 0))
+        return block(torch.tensor(self.program[axis] if axis < len(self.program) else 0))
 
     def num_programs(self, axis: int) -> int:
-        return self.programs
+        return self.grid[axis] if axis < len(self.grid) else 1
 
     def num_warps(self) -> int:
         return self.warps
@@ -158,8 +232,10 @@ class Language:
         return block(torch.full(tuple(shape), value, dtype=dtype))
 
     @staticmethod
-    def allocate_shared_memory(dtype: Any, shape: Any, layout: Any) -> Shared:
-        return Shared(torch.full(tuple(shape), float("nan"), dtype=dtype))
+    def allocate_shared_memory(dtype: Any, shape: Any, layout: Any, value: Any = None) -> Shared:
+        if value is not None:
+            return Shared(value.as_subclass(Tensor).to(dtype).clone())
+        return Shared(torch.full(tuple(shape), float("nan") if dtype.is_floating_point else -1, dtype=dtype))
 
     expand_dims = staticmethod(lambda x, axis: x.unsqueeze(axis))
     convert_layout = staticmethod(lambda x, layout, **_: x)
@@ -176,6 +252,16 @@ class Language:
 
 def _only_step(y: Any, u: int, BV: int) -> Any:
     return y * (torch.arange(y.shape[1]) == u)
+
+
+def _warpgroup_mma(a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: bool = False) -> Any:
+    product = (a.x if isinstance(a, Shared) else a).float() @ b.x.float()
+    return block(product + acc if use_acc else product)
+
+
+def _range(*bounds: Any) -> Any:
+    """Counts in tensors, as a loop of a kernel does."""
+    return (block(torch.tensor(i)) for i in range(*bounds))
 
 
 def _wait_for(flag: Pointer) -> None:
@@ -198,7 +284,13 @@ REPLACED = {
     "left_operand": lambda x: x,
     "wait_for": _wait_for,
     "hand_over": lambda flag: flag.store(1),
+    "only": lambda x, here, shape: torch.where(here, x, 0.0).to(x.dtype),
+    "warpgroup_mma": _warpgroup_mma,
+    "warpgroup_mma_wait": lambda pending, products: products[0] if len(products) == 1 else products,
+    "fence_async_shared": lambda: None,
 }
+# Their functions of these names are other ones, and plain.
+NOT_REPLACED = ("quarters", "backward_wide")
 
 
 def _namespace(kernel: Any, gl: Language, copies: Copies, made: dict[int, Any]) -> dict[str, Any]:
@@ -206,10 +298,12 @@ def _namespace(kernel: Any, gl: Language, copies: Copies, made: dict[int, Any]) 
     key = id(kernel.__globals__)
     if key in made:
         return made[key]  # type: ignore[no-any-return]
-    space = made[key] = dict(kernel.__globals__)
+    space = made[key] = dict(kernel.__globals__, range=_range)
     for name, x in kernel.__globals__.items():
-        if name in REPLACED:
+        if name in REPLACED and getattr(x, "__module__", "").rpartition(".")[2] not in NOT_REPLACED:
             space[name] = REPLACED[name]
+        elif name == "mbarrier":
+            space[name] = gl.partitions
         elif name == "gl":
             space[name] = gl
         elif name == "async_copy":
@@ -232,8 +326,8 @@ class Emulated:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*args: Any, num_warps: int, maxnreg: int | None = None, **constants: Any) -> None:
             with torch.no_grad():
-                for program in range(grid[0]):
-                    gl, copies = Language(program, grid[0], num_warps), Copies()
+                for program in itertools.product(*(range(n) for n in grid)):
+                    gl, copies = Language(program, grid, num_warps), Copies()
                     space = _namespace(self.fn, gl, copies, {})
                     run = types.FunctionType(self.fn.__code__, space)
                     run(*(_argument(x) for x in args), **constants)

@@ -455,7 +455,7 @@ def scan_backward_wide_kernel(
     group_dy = gl.allocate_shared_memory(LOW, [2, 4, BV], ROW_MAJOR)
     group_f = gl.allocate_shared_memory(gl.float32, [2, 4], LINE)
     hs = gl.allocate_shared_memory(LOW, [8, BK, BV], SWIZZLED)
-    es = gl.allocate_shared_memory(LOW, [8, BK, BV], SWIZZLED)
+    es = gl.allocate_shared_memory(gl.float16, [8, BK, BV], SWIZZLED)
     ss = gl.allocate_shared_memory(LOW, [8, BK, BV], SWIZZLED)
     full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())

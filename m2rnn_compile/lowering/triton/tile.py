@@ -186,6 +186,14 @@ def to_float(x):
 
 
 @gluon.jit
+def to_half(x):
+    """fp16 of fp32 x; beyond fp16's range its largest number, ±65504. NaN stays NaN."""
+    return gl.inline_asm_elementwise(
+        "cvt.rn.satfinite.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.float16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
 def rows(shared, u, BK: gl.constexpr, L: gl.constexpr):
     """[BK, 1] by position, in fp32: line u of a staged chunk, a factor of the rows of the state."""
     x = in_row_order(to_float(shared.index(u).load(rows_by_lane_group(BK, gl.num_warps()))), BK)

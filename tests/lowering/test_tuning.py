@@ -17,6 +17,7 @@ from m2rnn_compile.lowering import triton as lowering
 from m2rnn_compile.lowering.triton import tuning
 from m2rnn_compile.lowering.triton.config import LaunchConfig
 from m2rnn_compile.testing import assert_accurate, make_inputs, oracle, run, run_low_precision
+from tests.lowering.few_numbers import draws_for, together
 
 A, B, C = LaunchConfig(16, 1), LaunchConfig(32, 1), LaunchConfig(64, 2)
 
@@ -139,6 +140,8 @@ def test_every_candidate_is_right_and_the_choice_is_used(
     for name in ("forward_config", "backward_config"):
         monkeypatch.setattr(lowering, name, lambda *_, name=name: used.append(name))
     for T in (1, 65):
-        x = make_inputs(n, T, N, K, V, dtype=torch.bfloat16, device="cuda", state_grad_clip=1.0)
-        assert_accurate(run(x, impl="triton"), oracle(x, impl="eager"), run_low_precision(x))
+        options = dict(dtype=torch.bfloat16, device="cuda", state_grad_clip=1.0)
+        draws = [make_inputs(n, T, N, K, V, **options, seed=seed) for seed in range(draws_for(n * N, T))]
+        truth, eager = [oracle(x, impl="eager") for x in draws], [run_low_precision(x) for x in draws]
+        assert_accurate(together([run(x, impl="triton") for x in draws]), together(truth), together(eager))
     assert used == [], "no length asks for another"

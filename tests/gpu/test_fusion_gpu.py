@@ -19,6 +19,7 @@ from m2rnn_compile.ops import conv as equations
 from m2rnn_compile.ops import fused as fused_op
 from m2rnn_compile.ops.library import name_of
 from m2rnn_compile.testing import assert_accurate, low_precision_eager
+from tests.export.toolchain import compiler
 from tests.fusion.composed import CASES, compose, make_fused, run
 
 pytestmark = pytest.mark.gpu
@@ -321,7 +322,8 @@ def test_aot_inductor_package_in_another_process(tmp_path: Path) -> None:
     with torch.no_grad():
         program = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: B, 1: T}})
         pairs = [(x, layer(x)), (x[:2, :33].contiguous(), layer(x[:2, :33].contiguous()))]
-    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
+    with torch._inductor.config.patch({"cpp.cxx": (None, compiler(tmp_path))}):
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
     torch.save(pairs, tmp_path / "io.pt")
     command = [sys.executable, "-X", "faulthandler", "-c", LOAD, str(path), str(tmp_path / "io.pt")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])

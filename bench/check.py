@@ -109,7 +109,7 @@ def run(plan: CheckPlan, on_run: Callable[[str, int, int], None] = lambda what, 
     """Check everything asked for. One row for each shape, dtype, clip and provider; status refused where it fails.
 
     Raises:
-        ValueError: a provider that cannot be had.
+        ValueError: a provider that cannot be had; at once, not with the first row.
     """
     names = None if plan.providers is None else list(plan.providers)
     if names is None:  # ours: the rule is what we promise, a peer is held to it by name only
@@ -118,6 +118,10 @@ def run(plan: CheckPlan, on_run: Callable[[str, int, int], None] = lambda what, 
         known = {provider.name: provider for provider in checkable()}
         names = [name for name in names if known[name].why_not(plan.device) is None]
     chosen, _ = choose(checkable(), names, "op", plan.device)
+    return _rows(plan, on_run, chosen)
+
+
+def _rows(plan: CheckPlan, on_run: Callable[[str, int, int], None], chosen: Sequence[Provider]) -> Iterator[Row]:
     total = len(plan.shapes) * len(plan.dtypes) * len(plan.clips)
     done = 0
     for shape in plan.shapes:

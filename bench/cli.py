@@ -111,7 +111,7 @@ def _collect(kind: str, args: argparse.Namespace, device: torch.device, made: It
     """Take rows as they come and write each at once. Ctrl-C ends the run, not what is finished."""
     rows: list[Row] = []
     interrupted = False
-    # The path is taken (and opened) before the first measurement: a wrong one must not cost a run.
+    # The path is tried before the first measurement: a wrong one must not cost a run.
     with files.Writer(args.out or [_default_path(kind, device)]) as writer:
         try:
             for row in made:
@@ -119,10 +119,6 @@ def _collect(kind: str, args: argparse.Namespace, device: torch.device, made: It
                 writer.append(row)
         except KeyboardInterrupt:
             interrupted = True
-        finally:
-            if not rows:  # bad arguments or Ctrl-C: no empty files are left
-                for path in writer.paths:
-                    path.unlink(missing_ok=True)
     return rows, interrupted
 
 

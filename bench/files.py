@@ -7,10 +7,11 @@ import contextlib
 import csv
 import io
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from . import migrate, record, rows
 from .rows import COLUMNS, Row
@@ -63,45 +64,70 @@ _FORMATS: dict[str, tuple[str, Callable[[Row], str]]] = {
 }
 
 
+class _File:
+    """One file to be. Rows go to a file of another name beside it, which takes its place with the first row."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._header, self._convert = _FORMATS[path.suffix]
+        # Where a link points; and told apart from what another run writes.
+        self._target = path.resolve()
+        self._partial: Path | None = self._target.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            if self._target.exists() and not (self._target.is_file() and os.access(self._target, os.W_OK)):
+                raise ValueError(f"--out {path}: cannot be written (it is no file, or write-protected)")
+            self._file = self._partial.open("w", encoding="utf-8", newline="")
+        except OSError as e:
+            raise ValueError(f"--out {path}: cannot be written ({e.strerror})") from e
+
+    def append(self, row: Row) -> None:
+        try:
+            first = self._header if self._partial is not None else ""
+            self._file.write(first + self._convert(row) + "\n")
+            self._file.flush()
+            if self._partial is not None:
+                self._partial.replace(self._target)
+                self._partial = None
+        except OSError as e:
+            raise ValueError(f"--out {self.path}: cannot be written ({e.strerror})") from e
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk was told at the write
+            self._file.close()
+        if self._partial is not None:
+            self._partial.unlink(missing_ok=True)
+
+
 class Writer:
     """Writes each row to every file at once. Opening fails before any work is done; a failed write says which file.
+
+    What was there under a name stays until there is a first row to put in its place: a run that ends before it, by an
+    error or Ctrl-C, costs nobody a file.
 
     Raises:
         ValueError: an unknown suffix, or a file that cannot be written.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = list(paths)
-        self._files: list[tuple[Path, TextIO, Callable[[Row], str]]] = []
-        for path in self.paths:
+        self._files: list[_File] = []
+        for path in paths:
             if path.suffix not in _FORMATS:
                 raise ValueError(f"--out {path}: the name must end in {', '.join(SUFFIXES)}")
-        for path in self.paths:
-            header, convert = _FORMATS[path.suffix]
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                file = path.open("w", encoding="utf-8", newline="")
-            except OSError as e:
-                self.close()
-                raise ValueError(f"--out {path}: cannot be written ({e.strerror})") from e
-            self._files.append((path, file, convert))
-            self._put(path, file, header)
+        try:
+            for path in dict.fromkeys(paths):
+                self._files.append(_File(path))
+        except ValueError:
+            self.close()
+            raise
 
     def append(self, row: Row) -> None:
-        for path, file, convert in self._files:
-            self._put(path, file, convert(row) + "\n")
-
-    def _put(self, path: Path, file: TextIO, text: str) -> None:
-        try:
-            file.write(text)
-            file.flush()
-        except OSError as e:
-            raise ValueError(f"--out {path}: cannot be written ({e.strerror})") from e
+        for file in self._files:
+            file.append(row)
 
     def close(self) -> None:
-        for _, file, _ in self._files:
-            with contextlib.suppress(OSError):  # a full disk was told at the write
-                file.close()
+        for file in self._files:
+            file.close()
 
     def __enter__(self) -> Writer:
         return self

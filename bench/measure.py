@@ -249,9 +249,12 @@ def run(plan: Plan, on_run: Progress = lambda what, done, total: None) -> Iterat
     """Rows as they are finished: one for each shape, dtype, mode and provider, and one for each missing provider.
 
     Raises:
-        ValueError: a provider that cannot be had.
+        ValueError: a provider that cannot be had; at once, not with the first row.
     """
-    chosen, missing = choose(PROVIDERS, plan.providers, plan.kernel, plan.device)
+    return _rows(plan, on_run, *choose(PROVIDERS, plan.providers, plan.kernel, plan.device))
+
+
+def _rows(plan: Plan, on_run: Progress, chosen: list[Provider], missing: dict[str, str]) -> Iterator[Row]:
     clock = clock_for(plan.device)
     for shape in plan.shapes:
         for dtype in plan.dtypes:

@@ -390,6 +390,36 @@ def test_an_interrupted_run_without_rows_leaves_no_file(run, monkeypatch):
     assert not run.path.exists()
 
 
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        ["op", *SMALL, "--provider", "nonsense"],
+        ["op", *SMALL, "--provider", "triton"],  # not on a CPU
+        ["op", *SMALL, "--provider", "eager", "--out", "/proc/y.csv"],
+        ["op", *SMALL, "--provider", "eager", "--out", "rows.xlsx"],
+        ["check", *SMALL, "--provider", "nonsense"],
+    ],
+)
+def test_a_mistake_leaves_the_file_that_out_names_as_it_was(mistake, run):
+    run.path.write_text("figures of last year\n")
+    command, *rest = mistake
+    assert run(command, "--out", str(run.path), *rest, out=False)[0] == 2
+    assert run.path.read_text() == "figures of last year\n"
+    assert [path.name for path in run.path.parent.iterdir()] == [run.path.name]
+
+
+def test_ctrl_c_before_the_first_row_leaves_the_file_that_out_names_as_it_was(run, monkeypatch):
+    def interrupted(plan, on_run):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(measure, "run", interrupted)
+    run.path.write_text("figures of last year\n")
+    assert run("op", *SMALL, "--provider", "eager")[0] == 130
+    assert run.path.read_text() == "figures of last year\n"
+    assert [path.name for path in run.path.parent.iterdir()] == [run.path.name]
+
+
 def test_fail_above_judges_against_a_baseline(run, tmp_path):
     argv = ["op", *SMALL, "--provider", "eager", "--runs", "1", "--mode", "forward"]
     assert run(*argv)[0] == 0

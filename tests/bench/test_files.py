@@ -109,6 +109,25 @@ def test_unwritable_files_are_refused_at_once(tmp_path):
         files.Writer([tmp_path / "file" / "rows.jsonl"])
 
 
+def test_the_first_row_replaces_a_file_and_only_it(tmp_path):
+    path, link = tmp_path / "rows.jsonl", tmp_path / "latest.jsonl"
+    path.write_text("figures of last year\n")
+    link.symlink_to(path)
+    with files.Writer([link, link]) as writer:
+        assert path.read_text() == "figures of last year\n"
+        writer.append(ROW)
+        assert files.read(path) == [ROW]
+    assert link.is_symlink()
+    assert sorted(tmp_path.iterdir()) == sorted([path, link])
+
+
+def test_a_folder_is_no_file_to_write(tmp_path):
+    (tmp_path / "rows.jsonl").mkdir()
+    with pytest.raises(ValueError, match=r"rows.jsonl: cannot be written"):
+        files.Writer([tmp_path / "rows.jsonl"])
+    assert list(tmp_path.iterdir()) == [tmp_path / "rows.jsonl"]
+
+
 def test_committed_files_can_all_be_read():
     found = sorted([*record.RESULTS.glob("*.json"), *record.RESULTS.glob("*.jsonl")])
     assert found

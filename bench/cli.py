@@ -151,6 +151,8 @@ def _measure(args: argparse.Namespace) -> int:
     if interrupted:
         return INTERRUPTED
     code = OK if any(row.status == "ok" for row in rows) else FAILED
+    if any(row.status == "refused" for row in rows):
+        code = FAILED  # something computes the wrong thing, whoever else is right
     if baseline is not None:
         code = max(code, _judge(baseline, rows, args))
     return code
@@ -298,7 +300,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the CLI. Exit code 0; 1 when a check or a limit failed; 2 for bad arguments and files; 130 after Ctrl-C."""
+    """Run the CLI. Exit codes: see `parser.EXIT_CODES`."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # M² on an ASCII terminal

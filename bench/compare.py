@@ -167,7 +167,9 @@ def run_revision(revision: str, arguments: Sequence[str]) -> list[Row]:
             stderr=subprocess.PIPE,
             text=True,
         )
-        if done.returncode != 0:
+        # 1 says that something was refused: what else has a time can be compared.
+        rows = files.read(out) if done.returncode in (0, 1) and out.exists() else []
+        if not any(row.status == "ok" for row in rows):
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ValueError(f"--rev {revision!r}: its run ended with code {done.returncode}: {last}")
-        return files.read(out)
+        return rows

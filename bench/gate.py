@@ -4,6 +4,9 @@
 Truth is an independent implementation in fp64. The tolerance is derived, not picked: twice the error of a careful eager
 run in the timed dtype, plus one rounding (m2rnn_compile.testing), for every tensor and every time slice.
 
+Outputs and gradients are judged on the call that forward and backward time. Where inference is timed, its outputs are
+too: nothing says that a provider runs the same without gradients.
+
 Where the whole truth would take too long, the gate looks at the first steps of the timed call only: the output
 gradient is zero after them, so by causality outputs and gradients up to there are those of a short problem, and
 gradients after them must be exactly zero.
@@ -11,9 +14,11 @@ gradients after them must be exactly zero.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -23,18 +28,25 @@ from m2rnn_compile.testing import Comparison, compare
 from .memory import poisoned
 from .problem import Problem, differentiate
 
+OUTPUTS_ONLY = ("inference", "forward")
+
 
 class Verdict(NamedTuple):
-    """`ok_forward` speaks of outputs, `ok` of gradients too. `ratio` is the worst error / allowed error of all."""
+    """`ratio` is the worst error / allowed error of outputs and gradients, `ratio_forward` that of outputs alone."""
 
     ok: bool
     ok_forward: bool
     ratio: float
+    ratio_forward: float
     against: str
     failing: str
 
     def allows(self, mode: str) -> bool:
-        return self.ok_forward if mode in ("inference", "forward") else self.ok
+        return self.ok_forward if mode in OUTPUTS_ONLY else self.ok
+
+    def ratio_of(self, mode: str) -> float:
+        """Of what a mode computes: forward has no gradients that could err."""
+        return self.ratio_forward if mode in OUTPUTS_ONLY else self.ratio
 
 
 class Judge:
@@ -87,39 +99,58 @@ class Judge:
         return error <= torch.finfo(got[row.name].dtype).eps * float(truth.norm())
 
     def __call__(self, problem: Problem) -> Verdict:
-        """Run the provider once on poisoned memory and compare."""
+        """Run the provider once, forward and backward, on poisoned memory and compare."""
         dy = problem.dy
-        device = next(iter(self.truth.values())).device
         if dy is not None and self.steps is not None:
             dy = dy.clone()
             dy[:, self.steps :] = 0
-        nbytes = 4 * sum(x.nbytes for x in problem.leaves.values())
-        with poisoned(device, nbytes):
+        with self._poisoned(problem):
             got = differentiate(problem.call, problem.leaves, dy, problem.outputs)
+        return self._verdict(problem, got)
+
+    def of_inference(self, problem: Problem) -> Verdict:
+        """Judge the outputs of what the mode inference times: without gradients a provider may run something else."""
+        call = problem.variant("inference")()
+        call()  # compiles and tunes before memory is poisoned
+        with self._poisoned(problem):
+            got = call()
+        return self._verdict(problem, dict(zip(problem.outputs, cast(tuple[Tensor, ...], got), strict=True)))
+
+    def _poisoned(self, problem: Problem) -> contextlib.AbstractContextManager[None]:
+        device = next(iter(self.truth.values())).device
+        return poisoned(device, 4 * sum(x.nbytes for x in problem.leaves.values()))
+
+    def _verdict(self, problem: Problem, got: dict[str, Tensor]) -> Verdict:
         wrong: dict[str, float] = {}
-        worst = 0.0
+        ratios: dict[str, float] = dict.fromkeys(got, 0.0)  # the worst slice's
         short: dict[str, Tensor] = {}
         for name, x in got.items():
             source = name if name in problem.outputs else name[1:]
             short[name] = self._cut(source, x, problem)
             rest = x[:, self.steps :] if self.steps is not None and self._has_time(source, problem) else x[:0]
             if not bool(torch.isfinite(x).all()) or (name not in problem.outputs and bool(rest.any())):
-                wrong[name] = math.inf
-        for row in compare(short, self.truth, self.eager):
+                wrong[name] = ratios[name] = math.inf
+        for row in compare(short, {name: self.truth[name] for name in short}, self.eager):
             if self._negligible(row, short):
                 continue
             allowed = max(row.allowed * problem.slack, problem.tolerated)
             counted = max(row.allowed, problem.rounding)
             ratio = row.error / counted if counted > 0 else (0.0 if row.error == 0 else math.inf)
-            worst = ratio if not ratio <= worst else worst  # NaN wins
+            if not ratio <= ratios[row.name]:  # NaN wins
+                ratios[row.name] = ratio
             if not row.error <= allowed < math.inf:
                 wrong[row.name] = max(wrong.get(row.name, 0.0), math.inf if math.isnan(ratio) else ratio)
-        if wrong and not math.isnan(worst):
-            worst = max(worst, *wrong.values())
         forward = not set(wrong) & set(problem.outputs)
+        outputs = [ratios[name] for name in problem.outputs]
         failing = ", ".join(
             f"{name} errs {'without bound' if r == math.inf else f'{r:.1f}x what is allowed'}"
             for name, r in wrong.items()
         )
         slack = "" if problem.slack == 1 else f", peer: {problem.slack:g} x the tolerance or {problem.tolerated:.2g}"
-        return Verdict(not wrong, forward, worst, self.against + slack, failing)
+        return Verdict(not wrong, forward, _worst(ratios.values()), _worst(outputs), self.against + slack, failing)
+
+
+def _worst(ratios: Iterable[float]) -> float:
+    """The largest; NaN if there is one."""
+    values = list(ratios)
+    return math.nan if any(map(math.isnan, values)) else max(values)

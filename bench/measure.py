@@ -120,6 +120,8 @@ class _Group:
                     judges[problem.family] = Judge(problem)
                 self.compile_s[name] = max(0.0, self.seconds(problem) - self.seconds(problem))
                 self.verdicts[name] = judges[problem.family](problem)
+                if "inference" in self.plan.modes:
+                    self.verdicts[f"{name} inference"] = judges[problem.family].of_inference(problem)
             except Exception as e:  # a peer may raise anything; the run goes on without it
                 self.fail(name, e)
         judges.clear()
@@ -133,7 +135,7 @@ class _Group:
             if mode not in available_modes(problem):
                 skipped[name] = ("failed", f"has no mode {mode}; it has {', '.join(available_modes(problem))}")
                 continue
-            verdict = self.verdicts[name]
+            verdict = self.verdict_of(name, mode)
             on_run(f"{self.shape.name} {mode}: {name}, memory", 0, 1)
             try:
                 if mode in problem.extra_gate:
@@ -178,11 +180,16 @@ class _Group:
                 columns["operator"] = self.operators.get(name, "")
                 yield Row(**columns, provider=name, mode=mode, status=status, note=note)
 
+    def verdict_of(self, name: str, mode: str) -> Verdict:
+        """What the gate said of what a mode runs."""
+        return self.verdicts.get(f"{name} {mode}") or self.verdicts[name]
+
     def gate_columns(self, name: str, mode: str) -> dict[str, Any]:
-        verdict = self.verdicts.get(f"{name} {mode}") or self.verdicts.get(name)
-        if verdict is None:
+        if name not in self.verdicts:
             return {}
-        return {"gate": verdict.against, "error_ratio": verdict.ratio if math.isfinite(verdict.ratio) else None}
+        verdict = self.verdict_of(name, mode)
+        ratio = verdict.ratio_of(mode)
+        return {"gate": verdict.against, "error_ratio": ratio if math.isfinite(ratio) else None}
 
     def config_of(self, name: str) -> dict[str, Any]:
         """What was chosen, and the version of the package of a peer."""
@@ -242,7 +249,7 @@ def extra_verdict(problem: Problem, mode: str) -> Verdict:
     (row,) = compare({"logits": got}, {"logits": truth}, {"logits": yardstick})
     ratio = row.error / row.allowed if row.allowed > 0 else math.inf
     against = "fp64 of an uncached run over a short context"
-    return Verdict(row.ok, row.ok, ratio, against, "" if row.ok else f"logits err {ratio:.1f}x what is allowed")
+    return Verdict(row.ok, row.ok, ratio, ratio, against, "" if row.ok else f"logits err {ratio:.1f}x what is allowed")
 
 
 def run(plan: Plan, on_run: Progress = lambda what, done, total: None) -> Iterator[Row]:

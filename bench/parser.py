@@ -47,9 +47,15 @@ ABOUT = {
         "Times a training step (forward, backward, AdamW) and one generated token after a context of T.",
     ),
 }
-HOW = """Every timing is preceded by a correctness gate on the same inputs; what fails it is not timed. Providers run
-side by side in rounds, caches flushed before each call; figures are medians with p20 and p80. Rows are written as
-they come: Ctrl-C keeps the finished ones."""
+HOW = """Every timing is preceded by a correctness gate on the same inputs; what fails it is not timed, and the exit
+code is 1. Providers run side by side in rounds, caches flushed before each call; figures are medians with p20 and
+p80. Rows are written as they come: Ctrl-C keeps the finished ones."""
+EXIT_CODES = """exit codes:
+  0    nothing below
+  1    a row was refused by the correctness gate, no provider gave a time, a check failed, or --fail-above was exceeded
+  2    bad arguments or files
+  130  Ctrl-C
+  rows that ran out of memory or raised an error leave 0, as long as another row has a time"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m bench",
         description="Benchmarks and numerical checks of m2rnn_compile.",
-        epilog=EXAMPLES + "\nexit codes: 0; 1 a check or limit failed; 2 bad arguments or files; 130 Ctrl-C",
+        epilog=EXAMPLES + "\n" + EXIT_CODES,
         formatter_class=formatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -135,7 +141,7 @@ def _add_run(commands: argparse._SubParsersAction, kernel: str, formatter: Any) 
         help=brief,
         description=f"{about}\n\n{HOW}",
         epilog=f"presets:\n{presets}\n\nproviders:\n{providers}\n\nmodes: {', '.join(MODES_OF[kernel])}\n\n"
-        f"examples:\n{RUN_EXAMPLES[kernel]}",
+        f"examples:\n{RUN_EXAMPLES[kernel]}\n\n{EXIT_CODES}",
         formatter_class=formatter,
     )
     _add_common(parser, dtype="bf16 on a GPU, fp32 on a CPU")

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: arguments, exit codes, files, what goes to stdout and what to stderr."""
 
+import contextlib
 import dataclasses
 import json
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench import check, cli, files, measure, memory, record
+from bench import check, cli, compare, files, measure, memory, record
 from bench.providers import Provider, add_checkout, upstream
 from bench.shapes import parse_shape
 from m2rnn_compile import m2rnn
@@ -361,6 +364,80 @@ def test_what_fails_the_gate_is_not_timed(run, monkeypatch):
     (row,) = run.rows()
     assert (row.status, row.median_ms) == ("refused", None)
     assert "correctness gate: y errs" in out
+
+
+def _forgets_the_clip(context):
+    from bench.providers import ours
+
+    return ours.scan_problem(context, lambda state_grad_clip, **given: m2rnn(**given, impl="eager").y)
+
+
+def test_a_refused_row_is_a_failure_whoever_else_is_right(run, monkeypatch):
+    (eager,) = [provider for provider in measure.PROVIDERS if provider.name == "eager"]
+    monkeypatch.setattr(measure, "PROVIDERS", [_provider("forgetful", _forgets_the_clip), eager])
+    argv = ["op", *SMALL, "--clip", "0.01", "--provider", "forgetful,eager", "--runs", "1", "--mode"]
+    assert run(*argv, "backward")[0] == 1
+    assert [(row.provider, row.status) for row in run.rows()] == [("forgetful", "refused"), ("eager", "ok")]
+    assert run(*argv, "forward")[0] == 0  # nothing is wrong with its outputs
+    assert [(row.provider, row.status) for row in run.rows()] == [("forgetful", "ok"), ("eager", "ok")]
+
+
+def test_a_revision_that_had_rows_refused_is_compared_by_the_others(run, monkeypatch):
+    def ran(command, **options):
+        before = files.Writer([Path(command[command.index("--out") + 1])])
+        before.append(row)
+        before.append(dataclasses.replace(row, mode="backward", status="refused", median_ms=None))
+        before.close()
+        return subprocess.CompletedProcess(command, 1, "", "error: a reason")
+
+    argv = ["op", *SMALL, "--provider", "eager", "--runs", "1", "--mode", "forward"]
+    assert run(*argv)[0] == 0
+    (row,) = run.rows()
+    monkeypatch.setattr(compare, "worktree", lambda revision: contextlib.nullcontext((Path.cwd(), "abc")))
+    monkeypatch.setattr(compare.subprocess, "run", ran)
+    assert [r.status for r in compare.run_revision("HEAD", argv)] == ["ok", "refused"]
+    row = dataclasses.replace(row, status="refused", median_ms=None)
+    with pytest.raises(ValueError, match="ended with code 1: error: a reason"):
+        compare.run_revision("HEAD", argv)
+
+
+def test_a_row_shows_the_error_of_what_its_mode_computes(run, monkeypatch):
+    monkeypatch.setattr(measure, "PROVIDERS", [_provider("forgetful", _forgets_the_clip)])
+    argv = ["op", *SMALL, "--clip", "0.01", "--provider", "forgetful", "--runs", "1"]
+    run(*argv, "--mode", "inference,forward,backward")
+    error = {row.mode: row.error_ratio for row in run.rows()}
+    assert 0 < error["inference"] == error["forward"] <= 1 < error["backward"]
+
+
+@pytest.mark.parametrize("command", [[], ["op"], ["model"]])
+def test_help_says_what_the_exit_codes_mean(command, run):
+    _, out, _ = run(*command, "--help", out=False)
+    assert "1    a row was refused by the correctness gate" in out
+
+
+@pytest.mark.parametrize("kernel", ["op", "layer", "model"])
+def test_what_computes_something_else_without_gradients_gets_no_time_for_inference(kernel, run, monkeypatch):
+    (eager,) = [provider for provider in measure.PROVIDERS if provider.name == "eager"]
+
+    def build(context):
+        problem = eager.build[kernel](context)
+
+        def call(given):
+            y = problem.call(given)
+            return y if torch.is_grad_enabled() else tuple(torch.zeros_like(x) for x in y)
+
+        return dataclasses.replace(problem, call=call)
+
+    cheat = dataclasses.replace(eager, name="cheat", build={kernel: build})
+    monkeypatch.setattr(measure, "PROVIDERS", [cheat, eager])
+    run(kernel, *SMALL, "--provider", "cheat,eager", "--mode", "inference,forward", "--runs", "1")
+    assert [(row.provider, row.mode, row.status) for row in run.rows()] == [
+        ("cheat", "inference", "refused"),
+        ("eager", "inference", "ok"),
+        ("cheat", "forward", "ok"),
+        ("eager", "forward", "ok"),
+    ]
+    assert "correctness gate: y errs" in run.rows()[0].note
 
 
 def test_ctrl_c_keeps_finished_rows(run, monkeypatch):

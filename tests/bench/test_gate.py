@@ -87,6 +87,35 @@ def test_a_wrong_gradient_stops_backward_only():
     assert "dk errs" in verdict.failing
 
 
+def zeros_without_gradients(**given):
+    y = eager(**given)
+    return y if torch.is_grad_enabled() else torch.zeros_like(y)
+
+
+def unwritten_without_gradients(**given):
+    y = eager(**given)
+    return y if torch.is_grad_enabled() else torch.empty_like(y)
+
+
+@pytest.mark.parametrize("fault", [zeros_without_gradients, unwritten_without_gradients])
+def test_inference_is_judged_on_what_it_runs(fault, judge):
+    problem = ours.scan_problem(context(), fault)
+    assert judge(problem).ok
+    verdict = judge.of_inference(problem)
+    assert not verdict.allows("inference")
+    assert verdict.failing.startswith("y errs")
+    assert " dq " not in verdict.failing  # there are no gradients to err
+    right = judge.of_inference(ours.scan_problem(context(), eager))
+    assert right.allows("inference")
+    assert 0 < right.ratio <= 1
+
+
+def test_a_step_is_judged_on_what_inference_runs():
+    good = lambda **given: tuple(m2rnn_step(**given))
+    judge = Judge(ours.step_problem(context(kernel="step"), good))
+    assert judge.of_inference(ours.step_problem(context(kernel="step"), good)).ok
+
+
 def test_a_peer_may_err_more_but_not_without_bound():
     slightly = lambda **given: eager(**given) * (1 + 1.0e-6)
     problem = ours.scan_problem(context(), slightly)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import re
 import sys
@@ -82,8 +83,8 @@ def _plan(args: argparse.Namespace, device: torch.device) -> measure.Plan:
         on_gpu = _is_about_a_gpu(args, shapes, device)
     else:
         arguments.refuse_gpu_presets_on_cpu(shapes, device, args.device)
-    if args.runs < 1 or args.min_runs < 1 or not args.budget > 0:
-        raise ValueError("--runs and --min-runs must be at least 1, --budget above 0")
+    if args.runs < 1 or args.min_runs < 1 or not 0 < args.budget < math.inf:
+        raise ValueError("--runs and --min-runs must be at least 1, --budget finite and above 0")
     if args.gate_steps is not None and args.gate_steps < 1:
         raise ValueError(f"--gate-steps must be at least 1, got {args.gate_steps}")
     arguments.one_of(args.against, [p.name for p in PROVIDERS], "--against")

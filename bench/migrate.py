@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .rows import Row
+from .rows import Row, from_dict
 from .timing import Timing
 
 HEADS = ("Nq", "Nk", "Nv", "Nf", "Nw")
@@ -76,6 +76,6 @@ def rows_of_record(record: dict[str, Any]) -> list[Row]:
     """
     convert = {"op": _timed, "check": _checked}[record["kind"]]
     try:
-        return [convert(record, row) for row in record["rows"]]
-    except (KeyError, TypeError, IndexError) as e:
+        return [from_dict(convert(record, row).to_dict()) for row in record["rows"]]
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as e:
         raise ValueError(f"a record of schema 1 with a row that cannot be read ({type(e).__name__}: {e})") from e

@@ -76,4 +76,10 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a benchmark record; expected the keys kind ({', '.join(KINDS)}) and rows")
     if record.get("schema") != SCHEMA:
         raise ValueError(f"{path}: record schema {record.get('schema')!r}, this program reads {SCHEMA}")
+    for number, row in enumerate(record["rows"], 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: row {number}: expected a mapping, got {type(row).__name__}")
+        bad = [name for name in ("test", "outcome", "message") if not isinstance(row.get(name), str)]
+        if record["kind"] == "test-gpu" and bad:
+            raise ValueError(f"{path}: row {number}: {', '.join(bad)} must be text")
     return record

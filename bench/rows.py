@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
+MODES = ("inference", "forward", "backward", "forward+backward", "train", "generate", "check")
 STATUSES = ("ok", "oom", "refused", "failed", "missing")
 
 
@@ -94,7 +96,77 @@ class Row:
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
 _REQUIRED = tuple(field.name for field in dataclasses.fields(Row)[:9])
-_NUMBERS = tuple(field.name for field in dataclasses.fields(Row) if field.type == "float | None")
+_TYPES = {field.name: str(field.type) for field in dataclasses.fields(Row)}
+_HEADS = ("Nq", "Nk", "Nv", "Nf", "Nw")
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _number(value: Any, *, finite: bool = True) -> bool:
+    """A number that is not negative. NaN is none: nothing is ever above it, or below."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return float(value) >= 0 and (math.isfinite(value) or not finite)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
+
+
+def _check_column(name: str, value: Any) -> None:
+    """One column by itself."""
+    kind = _TYPES[name]
+    if value is None and "None" in kind:
+        return
+    if kind.startswith("str"):
+        fits, expected = isinstance(value, str), "text"
+    elif name in ("config", "samples_ms"):
+        return  # below
+    elif kind.startswith("int"):
+        fits, expected = _whole(value, 1), "a whole number of at least 1"
+    else:
+        fits, expected = _number(value), "a number, finite and not below 0"
+    if not fits:
+        raise ValueError(f"{name} is {value!r}, expected {expected}")
+
+
+def _check_config(config: Any, N: int) -> None:
+    if not isinstance(config, dict):
+        raise ValueError(f"config is {config!r}, expected a mapping")
+
+    def expect(name: str, what: str, fits: Callable[[Any], bool]) -> None:
+        value = config.get(name)
+        if value is not None and not fits(value):
+            raise ValueError(f"config.{name} is {value!r}, expected {what}")
+
+    for name in _HEADS:
+        expect(name, f"a number of heads that divides N = {N}", lambda n: _whole(n, 1) and N % n == 0)
+    expect("clip", "a number ≥ 0 or null", lambda x: _number(x, finite=False))
+    for name in ("threads", "layers"):
+        expect(name, "a whole number of at least 1", lambda n: _whole(n, 1))
+    for name in ("pattern", "version"):
+        expect(name, "text", lambda x: isinstance(x, str))
+    if "tensors" in config:
+        _check_tensors(config)
+
+
+def _check_tensors(config: Mapping[str, Any]) -> None:
+    """What a check found; a ratio may be NaN or infinite there: it fails the check."""
+    for name in ("repeats", "different_repeats"):
+        if not _whole(config.get(name), 0):
+            raise ValueError(f"config.{name} is {config.get(name)!r}, expected a whole number of at least 0")
+    tensors = config["tensors"]
+    if not isinstance(tensors, dict) or not tensors:
+        raise ValueError(f"config.tensors is {tensors!r}, expected a mapping of what was judged")
+    for name, entry in tensors.items():
+        ratio = entry.get("worst_ratio") if isinstance(entry, dict) else None
+        if (
+            not (_number(ratio, finite=False) or (isinstance(ratio, float) and math.isnan(ratio)))
+            or not isinstance(entry.get("ok"), bool)
+            or not isinstance(entry.get("worst_slice"), str)
+        ):
+            raise ValueError(f"config.tensors[{name!r}] is {entry!r}, expected ok, worst_ratio and worst_slice")
 
 
 def from_dict(values: Mapping[str, Any]) -> Row:
@@ -110,16 +182,17 @@ def from_dict(values: Mapping[str, Any]) -> Row:
             unknown
         )
         raise ValueError("; ".join(problems))
-    for name in "BTNKV":
-        if isinstance(values[name], bool) or not isinstance(values[name], int):
-            raise ValueError(f"{name} is {values[name]!r}, expected a whole number")
-    for name in _NUMBERS:
-        if isinstance(values.get(name), bool) or not isinstance(values.get(name), (int, float, type(None))):
-            raise ValueError(f"{name} is {values[name]!r}, expected a number")
-    if values.get("status", "ok") not in STATUSES:
-        raise ValueError(f"status is {values['status']!r}, expected one of {', '.join(STATUSES)}")
-    if not isinstance(values.get("config", {}), dict):
-        raise ValueError(f"config is {values['config']!r}, expected a mapping")
-    if values.get("status", "ok") == "ok" and values["mode"] != "check" and not values.get("median_ms"):
+    for name, value in values.items():
+        _check_column(name, value)
+    status, mode = values.get("status", "ok"), values["mode"]
+    if status not in STATUSES:
+        raise ValueError(f"status is {status!r}, expected one of {', '.join(STATUSES)}")
+    if mode not in (*MODES, *[""] * (status == "missing")):
+        raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
+    _check_config(values.get("config", {}), values["N"])
+    samples = values.get("samples_ms") or []
+    if not isinstance(samples, (list, tuple)) or not all(map(_number, samples)):
+        raise ValueError(f"samples_ms is {samples!r}, expected a list of numbers, finite and not below 0")
+    if status == "ok" and mode != "check" and not values.get("median_ms"):
         raise ValueError("a row with status ok has no median_ms")
-    return Row(**{**values, "samples_ms": tuple(values.get("samples_ms") or ())})
+    return Row(**{**values, "samples_ms": tuple(samples)})

@@ -96,8 +96,8 @@ def clock_for(device: torch.device) -> Clock:
 
 def planned_runs(cost_ms: float, *, runs: int, min_runs: int, budget_s: float) -> int:
     """How often to run a variant that takes `cost_ms` once: `runs`, or as many as fit the budget but `min_runs`."""
-    affordable = int(budget_s * 1e3 / cost_ms) if cost_ms > 0 else runs
-    return max(min(runs, min_runs), min(runs, affordable))
+    affordable = int(min(runs, budget_s * 1e3 / cost_ms)) if cost_ms > 0 else runs
+    return max(min(runs, min_runs), affordable)
 
 
 def measure_interleaved(

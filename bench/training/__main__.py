@@ -19,7 +19,8 @@ import torch._dynamo
 from m2rnn_compile.layers import linear_recurrence
 from m2rnn_compile.models import LMConfig, miniature, preset
 
-from .. import environment
+from .. import arguments as bench_arguments
+from .. import environment, output
 from ..providers.peers import version_of
 from ..timing import clock_for, measure_interleaved
 from .depth import ASSUMED, Line, extrapolate, line
@@ -51,7 +52,7 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.start = time.perf_counter()
-        self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = bench_arguments.device(args.device)
         self.compiled: dict[str, object] | None = None if args.eager else {**COMPILE}
         if args.backend and self.compiled is not None:
             self.compiled["backend"] = args.backend
@@ -325,7 +326,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     # One code object, Block.forward, is compiled for every kind of block.
     torch._dynamo.config.recompile_limit = 64
-    run = Run(args)
+    try:
+        run = Run(args)
+    except OSError as e:
+        output.fail(f"--out {args.out}: cannot be written ({e.strerror})")
+        return 2
+    except ValueError as e:
+        output.fail(str(e))
+        return 2
     run.write(
         "environment",
         command=sys.argv[1:] if arguments is None else list(arguments),

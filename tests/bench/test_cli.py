@@ -60,6 +60,7 @@ def run(capsys, tmp_path):
         (["op", *SMALL, "--clip", "-1"], "neither a number"),
         (["op", *SMALL, "--runs", "0"], "at least 1"),
         (["op", *SMALL, "--budget", "nan"], "above 0"),
+        (["op", *SMALL, "--budget", "inf"], "--budget finite and above 0"),
         (["op", *SMALL, "--threads", "0"], "at least 1"),
         (["op", *SMALL, "--xma", "/nonexistent"], "give the root of a checkout"),
         (["op", *SMALL, "--fail-above", "1.1"], "needs --baseline"),

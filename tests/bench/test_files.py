@@ -3,11 +3,12 @@
 
 import dataclasses
 import json
+import math
 import re
 
 import pytest
 
-from bench import files, record, rows
+from bench import cli, files, record, rows
 from bench.rows import Row
 
 ROW = Row(
@@ -92,6 +93,92 @@ def test_a_bad_file_is_refused_in_one_line_that_names_it(name, content, message,
         files.read(path)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
+
+
+CHECK = ROW.to_dict() | {
+    "mode": "check",
+    "config": {
+        "clip": 1.0,
+        "repeats": 3,
+        "different_repeats": 0,
+        "tensors": {"y": {"ok": True, "worst_ratio": 0.5, "worst_slice": "all"}},
+    },
+}
+DAMAGES = [
+    (ROW.to_dict(), {"config": {"Nq": "many"}}, "config.Nq is 'many', expected a number of heads that divides N = 3"),
+    (ROW.to_dict(), {"config": {"Nv": 2}}, "config.Nv is 2"),
+    (ROW.to_dict(), {"config": {"clip": [1]}}, r"config.clip is \[1\]"),
+    (ROW.to_dict(), {"config": {"threads": "two"}}, "config.threads is 'two'"),
+    (ROW.to_dict(), {"config": {"pattern": 7}}, "config.pattern is 7"),
+    (ROW.to_dict(), {"config": {"version": {}}}, "config.version is"),
+    (ROW.to_dict(), {"samples_ms": 5}, "samples_ms is 5, expected a list"),
+    (ROW.to_dict(), {"samples_ms": [1.0, "fast"]}, "samples_ms is"),
+    (ROW.to_dict(), {"provider": 7}, "provider is 7, expected text"),
+    (ROW.to_dict(), {"kernel": None}, "kernel is None, expected text"),
+    (ROW.to_dict(), {"mode": "sideways"}, "mode is 'sideways', expected one of"),
+    (ROW.to_dict(), {"mode": ""}, "mode is ''"),
+    (ROW.to_dict(), {"date": None}, "date is None, expected text"),
+    (ROW.to_dict(), {"note": 3}, "note is 3, expected text"),
+    (ROW.to_dict(), {"driver": 3}, "driver is 3, expected text"),
+    (ROW.to_dict(), {"runs": "20"}, "runs is '20', expected a whole number"),
+    (ROW.to_dict(), {"B": 0}, "B is 0, expected a whole number of at least 1"),
+    (ROW.to_dict(), {"median_ms": math.nan}, "median_ms is nan, expected a number, finite"),
+    (ROW.to_dict(), {"median_ms": math.inf}, "median_ms is inf"),
+    (ROW.to_dict(), {"median_ms": -1.0}, "median_ms is -1.0"),
+    (ROW.to_dict(), {"p20_ms": math.nan}, "p20_ms is nan"),
+    (ROW.to_dict(), {"peak_mib": 10**400}, "peak_mib is"),
+    (CHECK, {"config": CHECK["config"] | {"tensors": 5}}, "config.tensors is 5, expected a mapping"),
+    (CHECK, {"config": CHECK["config"] | {"tensors": {"y": 5}}}, r"config.tensors\['y'\] is 5"),
+    (CHECK, {"config": CHECK["config"] | {"tensors": {"y": {"ok": True}}}}, r"config.tensors\['y'\]"),
+    (CHECK, {"config": CHECK["config"] | {"repeats": None}}, "config.repeats is None"),
+]
+
+
+@pytest.mark.parametrize("good, damage, message", DAMAGES, ids=[str(damage)[:40] for _, damage, _ in DAMAGES])
+@pytest.mark.parametrize("command", ["show", "report", "compare"])
+def test_a_damaged_row_is_refused_in_one_line_by_whoever_reads_it(command, good, damage, message, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(good) + "\n")
+    assert files.read(path)
+    path.write_text(json.dumps(good | damage) + "\n")
+    assert cli.main([command, *[str(path)] * (1 + (command == "compare"))]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {path}: not a file of benchmark rows (row 1: ")
+    assert re.search(message, line)
+
+
+def test_a_check_that_found_nan_can_be_read_again(tmp_path):
+    entry = {"ok": False, "worst_ratio": math.nan, "worst_slice": "all"}
+    row = CHECK | {"status": "refused", "config": CHECK["config"] | {"tensors": {"y": entry}}}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    assert files.read(path)[0].status == "refused"
+
+
+@pytest.mark.parametrize(
+    "kind, damage, message",
+    [
+        ("op", lambda rows: rows[0].update(median_ms=float("nan")), "median_ms is nan"),
+        ("op", lambda rows: rows[0].update(median_ms=0.0), "a row that cannot be read"),
+        ("op", lambda rows: rows[0].update(samples_ms=5), "a row that cannot be read"),
+        ("op", lambda rows: rows.__setitem__(0, 5), "row 1: expected a mapping, got int"),
+        ("check", lambda rows: rows[0].update(tensors=5), "a row that cannot be read"),
+    ],
+)
+def test_a_damaged_row_of_the_first_schema_is_refused_in_one_line(kind, damage, message, tmp_path):
+    document = record.load(record.RESULTS / f"{kind}-h200-20261124.json")
+    damage(document["rows"])
+    path = record.write(document, tmp_path / "rows.json")
+    with pytest.raises(ValueError, match=message) as caught:
+        files.read(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_report_of_gpu_tests_is_refused_in_one_line(tmp_path, capsys):
+    path = tmp_path / "gpu.json"
+    path.write_text('{"kind": "test-gpu", "rows": [{"test": "t.py::a"}], "schema": 1}')
+    assert cli.main(["show", str(path)]) == 2
+    assert capsys.readouterr().err == f"error: {path}: row 1: outcome, message must be text\n"
 
 
 def test_binary_rubbish_is_refused(tmp_path):

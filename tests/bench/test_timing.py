@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The measuring loop, on a clock that is told the time: nothing here depends on how fast the machine is."""
 
+import math
+
 import pytest
 
 from bench.timing import Timing, WallClock, measure_interleaved, planned_runs
@@ -69,6 +71,11 @@ def test_slow_variants_run_less_often_but_spread_over_the_rounds():
 @pytest.mark.parametrize("cost_ms, expected", [(1.0, 20), (1000.0, 20), (5000.0, 6), (60_000.0, 3), (0.0, 20)])
 def test_the_budget_limits_runs(cost_ms, expected):
     assert planned_runs(cost_ms, runs=20, min_runs=3, budget_s=30) == expected
+
+
+@pytest.mark.parametrize("budget_s", [math.inf, 1e308])
+def test_a_budget_without_end_affords_all_runs(budget_s):
+    assert planned_runs(1e-3, runs=20, min_runs=3, budget_s=budget_s) == 20
 
 
 def test_fewer_runs_than_the_minimum_may_be_asked_for():

@@ -163,3 +163,18 @@ def test_bad_arguments(options, message, tmp_path, capsys):
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "/proc/x/y"], "error: --out /proc/x/y: cannot be written"),
+        (["--device", "cuda"], "error: --device 'cuda': this machine has 0 CUDA device(s)"),
+    ],
+)
+def test_what_cannot_be_had_is_one_line(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert command.main(["--out", str(tmp_path / "x.jsonl"), *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(message)
+    assert not (tmp_path / "x.jsonl").exists()

@@ -56,12 +56,21 @@ class Comparison(NamedTuple):
 def compare(before: Sequence[Row], after: Sequence[Row], *, asked_only: bool = False) -> Comparison:
     """Match rows by what was asked and who answered. The last row of a key counts.
 
+    Where either side has rows of several devices, those of the same device are matched; else whichever there are, and
+    `Comparison.devices` says that they differ.
+
     Args:
         asked_only: leave out what `after` did not ask for: other kernels, shapes, dtypes and modes, and providers that
-            have no row at all in `after`.
+            have no row at all in `after`; and other devices, where they are told apart.
     """
-    old = {row.key: row for row in before if row.status == "ok" and row.mode != "check"}
-    now = {row.key: row for row in after if row.mode != "check" and row.status != "missing"}
+    apart = any(len({row.device for row in rows}) > 1 for rows in (before, after))
+    here = {row.device for row in after}
+
+    def key_of(row: Row) -> tuple[object, ...]:
+        return (row.device, *row.key) if apart else row.key
+
+    old = {key_of(row): row for row in before if row.status == "ok" and row.mode != "check"}
+    now = {key_of(row): row for row in after if row.mode != "check" and row.status != "missing"}
     absent = {row.provider: row.note for row in after if row.status == "missing"}
     problems = {row.problem for row in now.values()}
     providers = {row.provider for row in now.values()} | set(absent)
@@ -69,6 +78,8 @@ def compare(before: Sequence[Row], after: Sequence[Row], *, asked_only: bool = F
     missing: list[tuple[Row, str]] = []
     for key, row in old.items():
         if asked_only and (row.problem not in problems or row.provider not in providers):
+            continue
+        if asked_only and apart and row.device not in here:
             continue
         match = now.get(key)
         if match is None:
@@ -91,7 +102,6 @@ def parts_of(result: Comparison, title: str = "before and after") -> list[Table 
         table.add_column(column, justify="right", no_wrap=True)
     for change in result.changes:
         a, b = change
-        sizes = " ".join(f"{name}{size}" for name, size in zip("BTNKV", b.sizes, strict=True))
         verdict = (
             Text("same")
             if change.within_noise
@@ -101,7 +111,7 @@ def parts_of(result: Comparison, title: str = "before and after") -> list[Table 
         )
         table.add_row(
             b.kernel,
-            sizes,
+            b.describe_sizes(),
             b.dtype,
             b.mode,
             b.provider,

@@ -3,49 +3,50 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .rows import Row
-from .tables import shape_of
+from .tables import place_of, shape_of, what_of
 
 Value = Callable[[Row], float | None]
 
 
 def _latest(rows: Sequence[Row]) -> list[Row]:
-    return list({row.key: row for row in rows if row.status == "ok" and row.mode != "check"}.values())
+    return list({row.figure: row for row in rows if row.status == "ok" and row.mode != "check"}.values())
 
 
-def _family(row: Row) -> tuple[str, str, str]:
-    """What a panel shows: rows that differ in T and provider only."""
-    sizes = " ".join(f"{name}{getattr(row, name)}" for name in "BNKV")
-    return f"{row.kernel} {row.mode}", sizes, row.dtype
-
-
-def _panels(rows: Sequence[Row], keep: Callable[[Row], bool], value: Value) -> dict[tuple[str, str, str], list[Row]]:
-    panels: dict[tuple[str, str, str], list[Row]] = {}
+def _panels(rows: Sequence[Row], keep: Callable[[Row], bool], value: Value) -> dict[str, list[Row]]:
+    """Title → rows that differ in T and provider only."""
+    panels: dict[str, list[Row]] = {}
+    place = place_of(rows)
+    clips = len({row.config.get("clip") for row in rows}) > 1
     for row in rows:
         if keep(row) and value(row) is not None:
-            panels.setdefault(_family(row), []).append(row)
+            sizes = re.sub(r" T\d+", "", str(shape_of(row)))
+            parts = [f"{row.kernel} {row.mode}", row.model, sizes, row.depth, row.dtype]
+            parts += [f"clip {row.config.get('clip')}"] * (clips and row.kernel != "step")
+            panels.setdefault(", ".join(filter(None, parts)) + place(row), []).append(row)
     return panels
 
 
 def _lines(path: Path, rows: Sequence[Row], keep: Callable[[Row], bool], value: Value, x: str, y: str) -> Path | None:
-    """One panel for each family, one line for each provider, both axes logarithmic.
+    """One panel for each problem, one line for each provider, both axes logarithmic.
 
-    Families that were measured at one length are left out if another was measured at several.
+    Problems that were measured at one length are left out if another was measured at several.
     """
     panels = _panels(rows, keep, value)
     if not panels:
         return None
-    lengths = {family: sorted({row.T for row in members}) for family, members in panels.items()}
-    enough = min(2, max(map(len, lengths.values())))
-    panels = {family: members for family, members in panels.items() if len(lengths[family]) >= enough}
+    lengths = {title: len({row.T for row in members}) for title, members in panels.items()}
+    enough = min(2, max(lengths.values()))
+    panels = {title: members for title, members in panels.items() if lengths[title] >= enough}
     colour = _colours(rows)
     figure, axes = _figure(len(panels))
-    for axis, (family, members) in zip(axes, sorted(panels.items()), strict=True):
-        _against_length(axis, members, value, colour, ", ".join(family), x, y)
+    for axis, (title, members) in zip(axes, sorted(panels.items()), strict=True):
+        _against_length(axis, members, value, colour, title, x, y)
     return _save(figure, path)
 
 
@@ -74,9 +75,11 @@ def _colours(rows: Sequence[Row]) -> dict[str, str]:
 def _bars(path: Path, rows: Sequence[Row]) -> Path | None:
     """Fraction of the floor: one panel for each problem, one bar for each provider."""
     panels: dict[str, list[Row]] = {}
+    place = place_of(rows)
     for row in rows:
         if row.of_floor is not None:
-            panels.setdefault(f"{row.kernel} {row.mode}, {shape_of(row)}, {row.dtype}", []).append(row)
+            model = f"{row.model}: " if row.model else ""
+            panels.setdefault(f"{row.kernel} {row.mode}, {model}{what_of(row)}{place(row)}", []).append(row)
     if not panels:
         return None
     colour = _colours(rows)
@@ -155,12 +158,12 @@ def draw_summary(rows: Sequence[Row], folder: Path) -> list[Path]:
     # Of several modes at as many lengths the one that trains.
     order = ("forward+backward", "forward", "inference", "backward")
     rank = lambda item: (-len({row.T for row in item[1]}), order.index(item[1][0].mode))
-    (mode, sizes, dtype), members = min(panels.items(), key=rank, default=(("", "", ""), []))
+    what, members = min(panels.items(), key=rank, default=("", []))
     if len({row.T for row in members}) < 2:
         raise ValueError("--summary --plot: no problem of the op was measured at two lengths or more (--T)")
     colour = _colours(rows)
     figure, (time, memory) = _figure(2)
-    _against_length(time, members, lambda row: row.median_ms, colour, f"{mode}, {sizes}, {dtype}", "T", "median ms")
+    _against_length(time, members, lambda row: row.median_ms, colour, what, "T", "median ms")
     told = [row for row in members if row.peak_mib is not None]
     title = f"{members[0].device}, torch {members[0].torch}"
     _against_length(memory, told, lambda row: row.peak_mib, colour, title, "T", "peak MiB beyond the inputs")

@@ -8,7 +8,17 @@ from collections.abc import Sequence
 from .files import markdown_line
 from .rows import Row
 from .shapes import PRESETS
-from .tables import headline, mebibytes, milliseconds, reference_of, shape_of, thousands, what_it_computes
+from .tables import (
+    headline,
+    mebibytes,
+    milliseconds,
+    place_of,
+    reference_of,
+    shape_of,
+    thousands,
+    what_it_computes,
+    what_of,
+)
 
 _HEADER = (
     ("provider", "ms (p20 to p80)", "vs", "peak MiB", "kept MiB", "tokens/s", "TFLOP/s", "GB/s", "of floor", "error")
@@ -36,17 +46,18 @@ def _line(row: Row, base: float | None) -> str:
 
 
 def markdown(rows: Sequence[Row], against: str | None = None) -> str:
-    """A heading for each kernel, shape and dtype; a table for each mode; environments at the end.
+    """A heading for each kernel, shape, dtype and place; a table for each mode; environments at the end.
 
-    Rows of checks are left out; of rows with the same key, the last counts.
+    Rows of checks are left out; of rows with the same key and place, the last counts.
     """
-    latest = {row.key: row for row in rows if row.mode != "check"}
+    latest = {row.figure: row for row in rows if row.mode != "check"}
     present = [row for row in latest.values() if row.status != "missing"]
     lines: list[str] = ["# Benchmark report", ""]
     sections: dict[str, dict[str, list[Row]]] = {}
+    place = place_of(present)
     for row in present:
-        clip = "" if row.kernel == "step" else f", clip {row.config.get('clip')}"
-        heading = f"{row.kernel}, {shape_of(row)}, {row.dtype}{clip}"
+        model = f"{row.model}: " if row.model else ""
+        heading = f"{row.kernel}, {model}{what_of(row)}{place(row)}"
         sections.setdefault(heading, {}).setdefault(row.mode, []).append(row)
     for heading, modes in sections.items():
         lines += [f"## {heading}", ""]
@@ -88,12 +99,14 @@ def summary(rows: Sequence[Row], providers: Sequence[str]) -> str:
     Raises:
         ValueError: nothing is left.
     """
-    latest = {row.key: row for row in rows if row.mode not in ("check", "backward") and row.status != "missing"}
+    latest = {row.figure: row for row in rows if row.mode not in ("check", "backward") and row.status != "missing"}
     if own := {key: row for key, row in latest.items() if row.shape not in PRESETS or row.T == PRESETS[row.shape].T}:
         latest = own
     lines: dict[tuple[str, str, str], dict[str, Row]] = {}
+    place = place_of(list(latest.values()))
     for row in latest.values():
         what = f"{row.kernel}, {row.dtype}" + ("" if row.kernel == "step" else f", clip {row.config.get('clip')}")
+        what += (f", {row.depth}" if row.depth else "") + place(row)
         name = f"{row.shape}: " if row.shape in PRESETS else ""
         lines.setdefault((what, f"{name}{shape_of(row)}", row.mode), {})[row.provider] = row
     providers = [name for name in providers if any(name in line for line in lines.values())]

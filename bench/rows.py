@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .shapes import WIDTHS
+
 MODES = ("inference", "forward", "backward", "forward+backward", "train", "generate", "check")
 STATUSES = ("ok", "oom", "refused", "failed", "missing")
 
@@ -78,17 +80,42 @@ class Row:
     def problem(self) -> tuple[Any, ...]:
         """What was asked, whoever answered: equal in two rows whose times may be compared."""
         heads = tuple(self.config.get(name) for name in ("Nq", "Nk", "Nv", "Nf", "Nw"))
-        return self.kernel, self.mode, self.dtype, *self.sizes, heads, self.config.get("clip")
+        return self.kernel, self.mode, self.dtype, *self.sizes, heads, self.config.get("clip"), self.model, self.depth
+
+    @property
+    def model(self) -> str:
+        """Of a layer or model, the preset that sets its width (and MLP and vocabulary), which the sizes do not say."""
+        return self.shape if self.kernel in ("layer", "model") and self.shape in WIDTHS else ""
+
+    @property
+    def depth(self) -> str:
+        """Of a model, its layers where they are not the preset's."""
+        layers = self.config.get("layers")
+        return self.config.get("pattern") or (f"{layers} layers" if layers else "")
+
+    @property
+    def place(self) -> str:
+        """The machine, as far as times depend on it: the device, and on a CPU the number of threads."""
+        threads = None if self.driver or "NVIDIA" in self.device else self.config.get("threads")
+        return self.device + (f", {threads} threads" if threads else "")
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What identifies a row within a file."""
+        """What was asked and who answered: what two runs are compared by, wherever they ran."""
         return self.provider, *self.problem
+
+    @property
+    def figure(self) -> tuple[Any, ...]:
+        """What identifies a figure: of two rows with the same, the later one counts."""
+        return self.place, *self.key
 
     def describe(self) -> str:
         """The key in words."""
-        sizes = " ".join(f"{name}{size}" for name, size in zip("BTNKV", self.sizes, strict=True))
-        return f"{self.kernel} {self.provider} {self.mode} {sizes} {self.dtype}"
+        return f"{self.kernel} {self.provider} {self.mode} {self.describe_sizes()} {self.dtype}"
+
+    def describe_sizes(self) -> str:
+        sizes = (f"{name}{size}" for name, size in zip("BTNKV", self.sizes, strict=True))
+        return " ".join([*sizes, *filter(None, (self.model, self.depth))])
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"samples_ms": list(self.samples_ms)}

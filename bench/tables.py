@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich import box
@@ -53,10 +53,22 @@ def shape_of(row: Row) -> Shape:
 
 
 def title_of(row: Row) -> str:
-    """Kernel, shape, dtype, clip."""
+    """Kernel, shape, layers of a model, dtype, clip."""
     name = f"{row.shape}: " if row.shape and "," not in row.shape else ""
+    return f"{row.kernel} {name}{what_of(row)}"
+
+
+def what_of(row: Row) -> str:
+    """Sizes, layers of a model, dtype, clip."""
+    depth = f", {row.depth}" if row.depth else ""
     clip = "" if row.kernel == "step" else f", clip {row.config.get('clip')}"
-    return f"{row.kernel} {name}{shape_of(row)}, {row.dtype}{clip}"
+    return f"{shape_of(row)}{depth}, {row.dtype}{clip}"
+
+
+def place_of(rows: Sequence[Row]) -> Callable[[Row], str]:
+    """What to add to the title of a row: where it was measured, if the rows are of several places."""
+    several = len({row.place for row in rows}) > 1
+    return lambda row: f", {row.place}" if several and row.place else ""
 
 
 def reference_of(rows: Sequence[Row], asked: str | None) -> str | None:
@@ -66,9 +78,10 @@ def reference_of(rows: Sequence[Row], asked: str | None) -> str | None:
 
 
 def timing_tables(rows: Sequence[Row], against: str | None = None) -> list[Table | Text]:
-    """One table for each kernel, shape and dtype; under it what peers compute and who is missing."""
+    """One table for each kernel, shape, dtype and place; under it what peers compute and who is missing."""
     result: list[Table | Text] = []
-    for title, group in itertools.groupby(rows, key=title_of):
+    place = place_of(rows)
+    for title, group in itertools.groupby(rows, key=lambda row: title_of(row) + place(row)):
         everything = list(group)
         present = [row for row in everything if row.status != "missing"]
         reference = reference_of(present, against)
@@ -142,7 +155,8 @@ LEGEND = (
 def check_tables(rows: Sequence[Row]) -> list[Table | Text]:
     """One table a shape; a failed row names its tensors and their worst slices."""
     result: list[Table | Text] = []
-    for _, group in itertools.groupby(rows, key=lambda row: (row.shape, row.sizes)):
+    place = place_of(rows)
+    for _, group in itertools.groupby(rows, key=lambda row: (row.shape, row.sizes, row.place)):
         checked = list(group)
         table = make_table()
         for column, justify in (("dtype", "left"), ("clip", "left"), ("provider", "left"), ("worst", "right")):
@@ -166,7 +180,7 @@ def check_tables(rows: Sequence[Row]) -> list[Table | Text]:
                 f"{repeats - row.config['different_repeats']}/{repeats}" if repeats else "-",
                 Text("pass", style="green") if row.status == "ok" else Text("FAIL", style="bold red"),
             )
-        title = f"{shape_of(checked[0])}: error against the fp64 oracle, of what the rule allows"
+        title = f"{shape_of(checked[0])}{place(checked[0])}: error against the fp64 oracle, of what the rule allows"
         result += [heading(title), table, Text()]
     result.append(
         Text(
@@ -199,9 +213,8 @@ def headline(rows: Sequence[Row]) -> str:
     for row in rows:
         triton = f", triton {row.triton}" if row.driver or "NVIDIA" in row.device else ""
         driver = f", driver {row.driver}" if row.driver else ""
-        threads = f", {row.config['threads']} threads" if not triton and "threads" in row.config else ""
-        where = f"{row.device}{driver}{threads}"
-        places[f"{row.date[:10]}, {where}, torch {row.torch}{triton}, Python {row.python}, git {row.git}"] = None
+        versions = f"torch {row.torch}{triton}, Python {row.python}, git {row.git}"
+        places[f"{row.date[:10]}, {row.place}{driver}, {versions}"] = None
     return "\n".join(places)
 
 

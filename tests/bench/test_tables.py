@@ -7,7 +7,7 @@ import io
 
 from expecttest import TestCase
 
-from bench import compare, output, report, tables
+from bench import compare, output, plots, report, tables
 from bench.rows import Row
 
 MACHINE = {
@@ -62,6 +62,68 @@ def plain(parts):
     text = file.getvalue()
     assert "\x1b" not in text
     return ascii_only(text)
+
+
+def model(provider, median, **config):
+    return dataclasses.replace(timed(provider, median, "train"), kernel="model", config={**CONFIG, **config})
+
+
+# The same sizes: a model of 2 layers, one of a hybrid pattern, one of 2 layers on another card, and the preset's depth.
+MODELS = [
+    model("triton", 10.0, layers=2),
+    model("triton", 20.0, pattern="MMMA"),
+    dataclasses.replace(model("triton", 30.0, layers=2), device="NVIDIA H100"),
+    model("triton", 40.0),
+]
+
+
+def test_models_of_other_layers_are_other_problems():
+    assert len({row.problem for row in MODELS}) == 3  # the card is not part of what was asked,
+    assert len({row.figure for row in MODELS}) == 4  # but a figure is one of a card
+    result = compare.compare(MODELS[:1], MODELS[1:2])
+    assert (result.changes, [row for row, _ in result.missing], result.new) == ([], MODELS[:1], MODELS[1:2])
+    assert compare.compare(MODELS[:1], MODELS[1:2], asked_only=True).missing == []
+
+
+def test_a_layer_of_a_preset_has_the_widths_of_that_model():
+    """A is 1024 wide, while the same sizes written out stand for a layer of N V = 1344."""
+    named = dataclasses.replace(MODELS[0], kernel="layer", config=CONFIG)
+    written = dataclasses.replace(named, shape="B8,T4096,N84,K64,V16")
+    assert named.problem != written.problem
+    assert dataclasses.replace(named, kernel="op").problem == dataclasses.replace(written, kernel="op").problem
+
+
+def test_files_of_several_devices_are_compared_device_by_device():
+    h200, h100 = timed("triton", 1.0), dataclasses.replace(timed("triton", 9.0), device="NVIDIA H100")
+    slower = dataclasses.replace(h200, median_ms=2.0)
+    result = compare.compare([h200, h100], [slower, h100])
+    assert sorted(change.ratio for change in result.changes) == [1.0, 2.0]
+    assert not result.devices
+    asked = compare.compare([h200, h100], [slower], asked_only=True)
+    assert ([change.ratio for change in asked.changes], asked.missing) == ([2.0], [])
+    elsewhere = compare.compare([h200], [h100])
+    assert elsewhere.devices == {("NVIDIA H200", "NVIDIA H100")}
+
+
+def test_panels_hold_rows_that_differ_in_length_and_provider_only():
+    longer = [dataclasses.replace(row, T=8192) for row in MODELS]
+    shared = [dataclasses.replace(row, config=row.config | {"Nv": 42}) for row in MODELS]
+    panels = plots._panels(plots._latest([*MODELS, *longer, *shared]), lambda row: True, lambda row: row.median_ms)
+    assert {title: len(rows) for title, rows in panels.items() if "Nv42" not in title} == {
+        "model train, A, B8 N84 K64 V16, 2 layers, bfloat16, NVIDIA H200": 2,
+        "model train, A, B8 N84 K64 V16, MMMA, bfloat16, NVIDIA H200": 2,
+        "model train, A, B8 N84 K64 V16, 2 layers, bfloat16, NVIDIA H100": 2,
+        "model train, A, B8 N84 K64 V16, bfloat16, NVIDIA H200": 2,
+    }
+    assert len(panels) == 8
+
+
+def test_threads_of_a_cpu_are_another_place():
+    rows = [
+        dataclasses.replace(timed("cpp", 1.0), device="cpu", driver=None, config=CONFIG | {"threads": n}) for n in (1, 2)
+    ]
+    assert len({row.figure for row in rows}) == 2
+    assert len({row.key for row in rows}) == 1
 
 
 class Tables(TestCase):
@@ -171,6 +233,99 @@ op, bfloat16, clip 1.0: median ms (peak MiB beyond the inputs); of the same oper
 - xma (sources 0123456789ab) computes M2RNN
 - sdpa computes causal softmax attention, 16 heads of 64
 - 2026-01-02, NVIDIA H200, driver 580.1, torch 2.11.0, triton 3.6.0, Python 3.12.3, git abcdef012345
+""",
+        )
+
+    def test_models_and_places_apart(self):
+        self.assertExpectedInline(
+            plain(tables.parts_of(MODELS)),
+            """\
+model A: B8 T4096 N84 K64 V16, 2 layers, bfloat16, clip 1.0, NVIDIA H200
+mode   provider  median ms    p20    p80  vs triton  compile s  peak MiB  kept MiB  tokens/s  TFLOP/s  GB/s  of floor  error
+----------------------------------------------------------------------------------------------------------------------------
+train  triton        10.00  9.900  10.20      1.00x                                    3.28M
+
+model A: B8 T4096 N84 K64 V16, MMMA, bfloat16, clip 1.0, NVIDIA H200
+mode   provider  median ms    p20    p80  vs triton  compile s  peak MiB  kept MiB  tokens/s  TFLOP/s  GB/s  of floor  error
+----------------------------------------------------------------------------------------------------------------------------
+train  triton        20.00  19.80  20.40      1.00x                                    1.64M
+
+model A: B8 T4096 N84 K64 V16, 2 layers, bfloat16, clip 1.0, NVIDIA H100
+mode   provider  median ms    p20    p80  vs triton  compile s  peak MiB  kept MiB  tokens/s  TFLOP/s  GB/s  of floor  error
+----------------------------------------------------------------------------------------------------------------------------
+train  triton        30.00  29.70  30.60      1.00x                                    1.09M
+
+model A: B8 T4096 N84 K64 V16, bfloat16, clip 1.0, NVIDIA H200
+mode   provider  median ms    p20    p80  vs triton  compile s  peak MiB  kept MiB  tokens/s  TFLOP/s  GB/s  of floor  error
+----------------------------------------------------------------------------------------------------------------------------
+train  triton        40.00  39.60  40.80      1.00x                                     819k
+
+compile s: first call less a warm one; what a cache on disk holds is not compiled again
+peak, kept: beyond the inputs; kept is the results and what backward needs
+of floor: lower bound of the hardware / median, and what sets it
+error: worst error / error the tolerance allows (peers, layers and models may err 4x; peers 8 roundings)
+2026-01-02, NVIDIA H200, driver 580.1, torch 2.11.0, triton 3.6.0, Python 3.12.3, git abcdef012345
+2026-01-02, NVIDIA H100, driver 580.1, torch 2.11.0, triton 3.6.0, Python 3.12.3, git abcdef012345
+""",
+        )
+        self.assertExpectedInline(
+            ascii_only(report.markdown(MODELS)),
+            """\
+# Benchmark report
+
+## model, A: B8 T4096 N84 K64 V16, 2 layers, bfloat16, clip 1.0, NVIDIA H200
+
+train:
+
+| provider | ms (p20 to p80) | vs triton | peak MiB | kept MiB | tokens/s | TFLOP/s | GB/s | of floor | error |
+|---|---|---|---|---|---|---|---|---|---|
+| triton | 10.00 (9.900 to 10.20) | 1.00x |  |  | 3.28M |  |  |  |  |
+
+## model, A: B8 T4096 N84 K64 V16, MMMA, bfloat16, clip 1.0, NVIDIA H200
+
+train:
+
+| provider | ms (p20 to p80) | vs triton | peak MiB | kept MiB | tokens/s | TFLOP/s | GB/s | of floor | error |
+|---|---|---|---|---|---|---|---|---|---|
+| triton | 20.00 (19.80 to 20.40) | 1.00x |  |  | 1.64M |  |  |  |  |
+
+## model, A: B8 T4096 N84 K64 V16, 2 layers, bfloat16, clip 1.0, NVIDIA H100
+
+train:
+
+| provider | ms (p20 to p80) | vs triton | peak MiB | kept MiB | tokens/s | TFLOP/s | GB/s | of floor | error |
+|---|---|---|---|---|---|---|---|---|---|
+| triton | 30.00 (29.70 to 30.60) | 1.00x |  |  | 1.09M |  |  |  |  |
+
+## model, A: B8 T4096 N84 K64 V16, bfloat16, clip 1.0, NVIDIA H200
+
+train:
+
+| provider | ms (p20 to p80) | vs triton | peak MiB | kept MiB | tokens/s | TFLOP/s | GB/s | of floor | error |
+|---|---|---|---|---|---|---|---|---|---|
+| triton | 40.00 (39.60 to 40.80) | 1.00x |  |  | 819k |  |  |  |  |
+
+## Where and with what
+
+- 2026-01-02, NVIDIA H200, driver 580.1, torch 2.11.0, triton 3.6.0, Python 3.12.3, git abcdef012345
+- 2026-01-02, NVIDIA H100, driver 580.1, torch 2.11.0, triton 3.6.0, Python 3.12.3, git abcdef012345
+""",
+        )
+        others = [dataclasses.replace(row, provider="cpp") for row in MODELS]
+        self.assertExpectedInline(
+            ascii_only(report.summary([*MODELS, *others], ["triton", "cpp"])),
+            """\
+Median ms (peak MiB beyond the inputs); of the same operator, time / that of triton.
+
+| problem | mode | triton | cpp |
+|---|---|---|---|
+| model, bfloat16, clip 1.0, 2 layers, NVIDIA H200, A: B8 T4096 N84 K64 V16 | train | 10.00 | 10.00, 1.00x |
+| model, bfloat16, clip 1.0, MMMA, NVIDIA H200, A: B8 T4096 N84 K64 V16 | train | 20.00 | 20.00, 1.00x |
+| model, bfloat16, clip 1.0, 2 layers, NVIDIA H100, A: B8 T4096 N84 K64 V16 | train | 30.00 | 30.00, 1.00x |
+| model, bfloat16, clip 1.0, NVIDIA H200, A: B8 T4096 N84 K64 V16 | train | 40.00 | 40.00, 1.00x |
+
+- 2026-01-02, NVIDIA H200, driver 580.1, torch 2.11.0, triton 3.6.0, Python 3.12.3, git abcdef012345
+- 2026-01-02, NVIDIA H100, driver 580.1, torch 2.11.0, triton 3.6.0, Python 3.12.3, git abcdef012345
 """,
         )
 

@@ -554,8 +554,18 @@ def test_plots_need_matplotlib_and_say_so(run, tmp_path, monkeypatch):
     assert "--plot needs matplotlib: pip install" in err
 
 
+def test_make_test_installs_what_draws_plots():
+    """Else the tests below are skipped where everything is tested."""
+    root = Path(cli.__file__).parents[1]
+    _, _, extras = (root / "pyproject.toml").read_text().partition("\ndev = [")
+    assert '"matplotlib>=' in extras.partition("\n]")[0]
+    pinned = re.findall(r"^([\w-]+)==", (root / "constraints.txt").read_text(), re.MULTILINE)
+    brought = "contourpy cycler fonttools kiwisolver numpy packaging pillow pyparsing python-dateutil tzdata"
+    assert {"matplotlib", *brought.split()} <= set(pinned)
+
+
 def test_plots_are_drawn(run, tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib (extra: plot) is not installed")
+    pytest.importorskip("matplotlib", reason="matplotlib (extras: plot, dev) is not installed")
     folder = tmp_path / "plots"
     assert run("report", str(record.RESULTS / "op-h200-20261124.json"), "--plot", str(folder), out=False)[0] == 0
     assert {path.name for path in folder.iterdir()} == {"latency.png", "memory.png", "floor.png"}
@@ -584,7 +594,7 @@ def test_a_summary_is_one_table_and_one_plot(run, tmp_path, monkeypatch):
 
 
 def test_the_plot_of_a_summary_needs_lengths_and_is_the_same_every_time(run, tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib (extra: plot) is not installed")
+    pytest.importorskip("matplotlib", reason="matplotlib (extras: plot, dev) is not installed")
     rows = [row for row in files.read(record.RESULTS / "op-h200-20261124.json") if row.shape == "C"]
     path = tmp_path / "sweep.jsonl"
     argv = ["report", str(path), "--summary", "--plot", str(tmp_path / "plots")]

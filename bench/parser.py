@@ -41,7 +41,11 @@ RUN_EXAMPLES = {
 ABOUT = {
     "op": ("time and memory of the scan", "Times the scan: forward, backward and both."),
     "step": ("one decoding step", "Times one token of decoding: m2rnn_step, and what peers do for one token."),
-    "layer": ("the whole layer", "Times layers.M2RNN and layers.Attention at the same width."),
+    "layer": (
+        "the whole layer",
+        "Times layers.M2RNN and, of the same width, the authors' layer (their op, conv1d, eager tail),\n"
+        "layers.GatedDeltaNet on fla's kernel and layers.Attention.",
+    ),
     "model": (
         "tokens/s of a language model",
         "Times a training step (forward, backward, AdamW) and one generated token after a context of T.",

@@ -36,8 +36,9 @@ for name in $STEPS; do
     # The plot: C's heads at 2k to 64k. The gate looks at 1024 steps; an fp64 loop over 64k would take two minutes.
     sweep) step sweep op --preset C --T 2048,4096,8192,16384,32768,65536 --provider triton,xma,fla-gdn,sdpa --mode forward+backward \
       --budget 6 --gate-steps 1024 ;;
-    # The layer at A, compiled with fusion and not; attention's beside it.
-    layer) step layer layer --preset A --provider triton,triton-compile,sdpa --mode inference,forward+backward ;;
+    # The layer at A, compiled with fusion and not; the authors', Gated DeltaNet's and attention's beside it.
+    layer) step layer layer --preset A --provider triton,triton-compile,xma,fla-gdn,sdpa \
+      --mode inference,forward+backward ;;
     # One token.
     step) step step step --preset A ;;
     # Accuracy on all steps, in the order of what is likely to fit (A 15 s, D 15 s, B 15 s, C 37 s).

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from m2rnn_compile import M2RNN, enable_fusion
 
 from ..environment import of_row
 from ..providers import upstream
+from ..providers.authors_layer import of_the_authors_op
 from ..timing import Variant, clock_for, measure_interleaved
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -54,23 +54,6 @@ def compiled_in(setting: str, layer: M2RNN, devices: tuple[str, ...]) -> Callabl
         return run(x)
 
     return call
-
-
-def of_the_authors_op(layer: M2RNN, x: Tensor, scan: Callable[..., tuple[Tensor, Tensor]] = upstream.scan) -> Tensor:
-    """The layer's weights around the authors' kernel, in the operations that their layer is made of, uncompiled."""
-    N, V, (_, T, _) = layer.num_heads, layer.value_dim, x.shape
-    qkv, x_f, g = F.linear(x, layer.input_projection.weight).split(layer.projection_sizes, -1)
-    assert layer.conv1d is not None
-    channels, past = qkv.shape[-1], layer.conv1d.width - 1
-    qkv = F.conv1d(qkv.transpose(1, 2), layer.conv1d.weight, padding=past, groups=channels)[..., :T]
-    q, k, v = F.silu(qkv).transpose(1, 2).split(layer.qkv_sizes, -1)
-    q, k, v = q.unflatten(-1, (1, -1)), k.unflatten(-1, (1, -1)), v.unflatten(-1, (N, V))
-    gate, norm = layer.decay_gate, layer.g_norm
-    f = torch.exp(-gate.A_log.float().exp() * F.softplus(x_f.float() + gate.dt_bias.float()))
-    y, _ = scan(q, k, v, f, layer.state_weight, state_grad_clip=layer.state_grad_clip)
-    o = (y + layer.D * v).flatten(-2) * F.silu(g)
-    o = F.rms_norm(o.float(), o.shape[-1:], eps=norm.eps).to(x.dtype) * norm.weight
-    return F.linear(o, layer.output_projection.weight)
 
 
 def kernels_of(call: Callable[[], object]) -> list[tuple[str, float]]:
@@ -105,7 +88,7 @@ def layer_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         torch._dynamo.reset()  # the functions share their code, and Dynamo limits how often it compiles one
         fns = {name: compiled_in(name, layer, (device.type,)) for name in args.settings}
         if upstream.why_not(device) is None:
-            fns[AUTHORS] = functools.partial(of_the_authors_op, layer)
+            fns[AUTHORS] = functools.partial(of_the_authors_op, layer, scan=upstream.scan)
         results = {name: step(fn).float() for name, fn in fns.items()}
         base = results[args.settings[0]]
         variants = {name: functools.partial(functools.partial, step, fn) for name, fn in fns.items()}

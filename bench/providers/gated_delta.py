@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 from typing import Any
@@ -11,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m2rnn_compile.layers import GatedDeltaNet
+
 from ..floors import Work
 from ..problem import Leaves, Problem
 from ..shapes import Shape
+from . import layers
 from .inputs import normal
-from .peers import moved, peer_problem, results_only, step_problem, version_of, why_not_importable
+from .peers import moved, peer_problem, results_only, step_problem, tolerated, version_of, why_not_importable
 from .registry import Context, Provider
 
 MODULE = "fla.ops.gated_delta_rule"
@@ -75,6 +79,16 @@ def _work(context: Context, T: int) -> tuple[float, float, float]:
     return 6.0 * B * T * H * K * V, B * T * H * (2 * K + V + 2), B * T * H * V
 
 
+def _chunked_work(context: Context) -> dict[str, Work]:
+    """The chunked form breaks the chain over time: no sequential bound."""
+    flops, inputs, outputs = _work(context, context.shape.T)
+    traffic = moved(context.itemsize, inputs, outputs)
+    return {
+        "forward": Work(0, flops, traffic["forward"], 1),
+        "backward": Work(0, 2 * flops, traffic["backward"], 1),
+    }
+
+
 def _build(context: Context) -> Problem:
     s, (H, _, V) = context.shape, sizes(context.shape)
     kernel: Any = importlib.import_module(MODULE).chunk_gated_delta_rule
@@ -82,15 +96,19 @@ def _build(context: Context) -> Problem:
     def call(given: Leaves) -> tuple[Tensor, ...]:
         return (kernel(given["q"], given["k"], given["v"], given["g"], given["beta"])[0],)
 
-    flops, inputs, outputs = _work(context, s.T)
-    traffic = moved(context.itemsize, inputs, outputs)
-    # The chunked form breaks the chain over time: no sequential bound.
-    work = {
-        "forward": Work(0, flops, traffic["forward"], 1),
-        "backward": Work(0, 2 * flops, traffic["backward"], 1),
-    }
+    work = _chunked_work(context)
     timed = ("q", "k", "v", "g", "beta")
     return peer_problem(context, _operator(s), _leaves(context, s.T), call, _naive, (s.B, s.T, H, V), timed, work)
+
+
+def _build_layer(context: Context) -> Problem:
+    """`layers.GatedDeltaNet` on the chunked kernel, judged by its chunks in torch."""
+    s, (H, K, V) = context.shape, sizes(context.shape)
+    options = dict(hidden_size=s.width, num_heads=H, key_dim=K, value_dim=V)
+    module = layers.seeded(context, GatedDeltaNet, **options, impl="fla")
+    eager = layers.seeded(context, GatedDeltaNet, **options, impl="torch")
+    problem = layers.layer_problem(context, module, eager, _operator(s), False, _chunked_work(context))
+    return dataclasses.replace(problem, tolerated=tolerated(context))
 
 
 def _build_step(context: Context) -> Problem:
@@ -121,7 +139,7 @@ GATED_DELTA_NET = Provider(
     about="Gated DeltaNet (flash-linear-attention)",
     default_on=("cuda",),
     why_not=_why_not,
-    build={"op": _build, "step": _build_step},
+    build={"op": _build, "step": _build_step, "layer": _build_layer},
     kept=results_only,
     version=functools.partial(version_of, "fla"),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ HEAD_DIM = 64
 # Of the tolerance, for layers and models: a gradient of a bias is one sum over all tokens, and what one order of
 # summation errs says little about another; Inductor and BLAS choose theirs.
 SLACK = 4.0
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def weights_of(module: nn.Module) -> int:
@@ -66,27 +67,33 @@ def layer_problem(
     )
 
 
-def _seeded(context: Context, make: Callable[..., nn.Module], **options: Any) -> nn.Module:
+def seeded(context: Context, make: Callable[..., Layer], **options: Any) -> Layer:
+    """A module with the parameters that this context's seed gives."""
     with torch.random.fork_rng(devices=[context.device] if context.device.type == "cuda" else []):
         torch.manual_seed(context.seed)
         return make(**options, device=context.device, dtype=context.dtype)
 
 
-def m2rnn_layer(context: Context, impl: str, *, compiled: bool) -> Problem:
-    """`layers.M2RNN`. Heads of q, k, v, f and W as in the shape."""
+def m2rnn_sizes(context: Context) -> dict[str, Any]:
+    """Arguments of `layers.M2RNN`: heads of q, k, v, f and W as in the shape."""
     s = context.shape
     sizes: dict[str, Any] = dict(num_heads=s.N, key_dim=s.K, value_dim=s.V, num_q_heads=s.Nq, num_k_heads=s.Nk)
     sizes |= dict(num_v_heads=s.Nv, num_f_heads=s.Nf, num_w_heads=s.Nw, state_grad_clip=context.clip)
-    sizes |= dict(hidden_size=s.width)
-    module = _seeded(context, M2RNN, **sizes, impl=impl)
-    eager = _seeded(context, M2RNN, **sizes, impl="eager")
-    return layer_problem(context, module, eager, "M²RNN", compiled, scan_work(s, context.dtype_name))
+    return sizes | dict(hidden_size=s.width)
+
+
+def m2rnn_layer(context: Context, impl: str, *, compiled: bool) -> Problem:
+    """`layers.M2RNN`."""
+    sizes = m2rnn_sizes(context)
+    module = seeded(context, M2RNN, **sizes, impl=impl)
+    eager = seeded(context, M2RNN, **sizes, impl="eager")
+    return layer_problem(context, module, eager, "M²RNN", compiled, scan_work(context.shape, context.dtype_name))
 
 
 def attention_layer(context: Context) -> Problem:
     """`layers.Attention`, heads of 64, no positions; judged by its own fp64 run (SDPA's plain form)."""
     width = context.shape.width
     options = dict(hidden_size=width, num_heads=width // HEAD_DIM)
-    module, eager = _seeded(context, Attention, **options), _seeded(context, Attention, **options)
+    module, eager = seeded(context, Attention, **options), seeded(context, Attention, **options)
     mixer = attention_work(context.shape, width // HEAD_DIM, HEAD_DIM, context.dtype_name)
     return layer_problem(context, module, eager, "softmax attention", False, mixer)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from ..shapes import Shape
-from . import ours
+from . import authors_layer, ours
 from .peers import SLACK, tolerated
 from .registry import Context, Provider
 
@@ -114,7 +114,7 @@ XMA = Provider(
     about="the authors' Triton kernel",
     default_on=("cuda",),
     why_not=why_not,
-    build={"op": _build, "step": _build_step},
+    build={"op": _build, "step": _build_step, "layer": lambda context: authors_layer.layer_problem(context, scan)},
     kept=lambda shape, itemsize: 0,
     in_backward=_in_backward,
     version=version,

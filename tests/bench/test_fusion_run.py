@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu_runs import fusion
+from bench.providers.authors_layer import of_the_authors_op
 from m2rnn_compile import M2RNN, m2rnn
 
 
@@ -27,7 +28,7 @@ def test_the_authors_parts_compute_the_same_layer() -> None:
         assert state is not None
         return y, state
 
-    torch.testing.assert_close(fusion.of_the_authors_op(layer, x, scan), layer(x))
+    torch.testing.assert_close(of_the_authors_op(layer, x, scan), layer(x))
 
 
 def test_layer_rows_of_a_small_layer(capsys: pytest.CaptureFixture[str]) -> None:

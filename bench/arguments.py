@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
+from m2rnn_compile.models import MIXERS
+
 from .floors import MODES
 from .shapes import GPU_PRESETS, PRESETS, Shape, parse_shape
 
@@ -92,13 +94,14 @@ def modes(text: str | None, kernel: str, default: Sequence[str]) -> list[str]:
 
 
 def pattern(text: str | None, layers: int | None) -> str | None:
-    """A letter a layer, M or A."""
+    """A letter a layer, of those that models have a mixer for."""
     if layers is not None and layers < 1:
         raise ValueError(f"--layers must be at least 1, got {layers}")
     if text is None:
         return None
-    if not text or set(text) - set("MA"):
-        raise ValueError(f"--pattern {text!r}: expected a letter a layer, M (M²RNN) or A (attention), such as MMMA")
+    if not text or set(text) - set(MIXERS):
+        letters = ", ".join(f"{letter} ({mixer.title})" for letter, mixer in MIXERS.items())
+        raise ValueError(f"--pattern {text!r}: expected a letter a layer, of {letters}; such as MMMA")
     if layers is not None:
         raise ValueError("--layers and --pattern: give one; the pattern has a letter for each layer")
     return text

@@ -7,6 +7,8 @@ import argparse
 from pathlib import Path
 from typing import Any, NoReturn
 
+from m2rnn_compile.models import MIXERS
+
 from .arguments import MODES_OF, clip
 from .providers import PROVIDERS
 from .shapes import CHECK_SHAPES, PRESETS
@@ -172,8 +174,9 @@ def _add_run(commands: argparse._SubParsersAction, kernel: str, formatter: Any) 
     )
     parser.add_argument("--dry-run", action="store_true", help="print shapes and predicted memory, run nothing")
     if kernel == "model":
+        letters = ", ".join(f"{letter} {mixer.title}" for letter, mixer in MIXERS.items())
         parser.add_argument("--layers", type=int, metavar="L", help="layers (default: the preset's)")
-        parser.add_argument("--pattern", metavar="TEXT", help="a letter a layer, M or A, for our providers")
+        parser.add_argument("--pattern", metavar="TEXT", help="a letter a layer, for our providers: " + letters)
 
 
 def _add_common(parser: argparse.ArgumentParser, *, dtype: str) -> None:

@@ -10,12 +10,22 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from m2rnn_compile.layers import param_groups
-from m2rnn_compile.models import AttentionConfig, HybridLM, LMConfig, M2RNNConfig
+from m2rnn_compile.layers import GatedDeltaNet, param_groups
+from m2rnn_compile.models import (
+    AttentionConfig,
+    GatedDeltaNetConfig,
+    GRUConfig,
+    HybridLM,
+    LMConfig,
+    M2RNNConfig,
+    Mamba2Config,
+    VectorRNNConfig,
+)
 
 from ..floors import Work, attention_work, layer_work, scan_work
 from ..problem import Leaves, Problem
-from . import layers
+from . import gated_delta, layers, mamba
+from .peers import tolerated
 from .registry import Context
 
 GATE_STEPS = 64
@@ -26,7 +36,10 @@ SMALL = (2, 172, 256)
 
 
 def config_of(context: Context, letter: str) -> LMConfig:
-    """The model of a shape. `--layers` and `--pattern` override; a peer has its own letter in every layer."""
+    """The model of a shape. `--layers` and `--pattern` override; a peer has its own letter in every layer.
+
+    Mixers of other letters have the sizes of the peers of that name, vector RNNs as many heads of V as M²RNN.
+    """
     s = context.shape
     depth, mlp, vocabulary = SIZES.get(s.name, SMALL)
     pattern = letter * (len(context.pattern) if context.pattern else context.layers or depth)
@@ -34,13 +47,18 @@ def config_of(context: Context, letter: str) -> LMConfig:
         pattern = context.pattern
     heads: dict[str, Any] = dict(num_q_heads=s.Nq, num_k_heads=s.Nk, num_v_heads=s.Nv)
     heads |= dict(num_f_heads=s.Nf, num_w_heads=s.Nw)
+    H, K, V = gated_delta.sizes(s)
     return LMConfig(
         vocab_size=vocabulary,
         hidden_size=s.width,
         pattern=pattern,
         mlp_size=mlp,
         m2rnn=M2RNNConfig(num_heads=s.N, key_dim=s.K, value_dim=s.V, state_grad_clip=context.clip, **heads),
-        attention=AttentionConfig(num_heads=s.width // 64),
+        attention=AttentionConfig(num_heads=s.width // layers.HEAD_DIM),
+        gated_deltanet=GatedDeltaNetConfig(num_heads=H, key_dim=K, value_dim=V),
+        mamba2=Mamba2Config(num_heads=2 * s.width // mamba.P, state_size=mamba.STATE, intermediate_size=2 * s.width),
+        vector_rnn=VectorRNNConfig(num_heads=s.N, head_dim=s.V, state_grad_clip=context.clip),
+        gru=GRUConfig(num_heads=s.N, head_dim=s.V),
     )
 
 
@@ -56,6 +74,9 @@ def language_model(context: Context, letter: str, impl: str, *, compiled: bool) 
     dy = torch.rand(s.B, s.T, generator=g, device=device) / (s.B * s.T)
     leaves: dict[str, Tensor] = dict(model.named_parameters())
     eager = HybridLM(config, impl="eager", device="meta", dtype=context.dtype)
+    for module in eager.modules():
+        if isinstance(module, GatedDeltaNet):
+            module.impl = "torch"  # not the kernels that are judged by it
     loss: Callable[..., Tensor] = torch.compile(model.loss, fullgraph=True, dynamic=False) if compiled else model.loss
     step: Callable[..., Any] = torch.compile(model, dynamic=False) if compiled else model
 
@@ -124,6 +145,7 @@ def language_model(context: Context, letter: str, impl: str, *, compiled: bool) 
         steps=s.T,
         gate_steps=min(s.T, GATE_STEPS),
         slack=layers.SLACK,
+        tolerated=tolerated(context) if "G" in config.pattern else 0.0,  # its kernels are a peer's
         work=_work(context, config, model),
         tokens=s.B * s.T,
         modes={"train": train, "generate": generate},
@@ -133,7 +155,12 @@ def language_model(context: Context, letter: str, impl: str, *, compiled: bool) 
 
 
 def _work(context: Context, config: LMConfig, model: HybridLM) -> dict[str, Work]:
-    """Lower bounds of a training step and of one generated token; AdamW reads p, g, m, v and writes p, m, v."""
+    """Lower bounds of a training step and of one generated token; AdamW reads p, g, m, v and writes p, m, v.
+
+    None of models with other mixers than M²RNN and attention.
+    """
+    if set(config.pattern) - set("MA"):
+        return {}
     s, dtype = context.shape, context.dtype_name
     heads = s.width // layers.HEAD_DIM
     mixers = {"M": scan_work(s, dtype), "A": attention_work(s, heads, layers.HEAD_DIM, dtype)}

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import check, cli, compare, files, measure, memory, record
+from bench import check, cli, compare, files, floors, measure, memory, record
 from bench.providers import Provider, add_checkout, upstream
 from bench.shapes import parse_shape
 from m2rnn_compile import m2rnn
+from m2rnn_compile.models import MIXERS
 from m2rnn_compile.testing import make_inputs, oracle, run_low_precision
 
 RECORD = str(record.RESULTS / "op-h200-20261124.json")
@@ -70,7 +71,7 @@ def run(capsys, tmp_path):
         (["op", *SMALL, "--out", "/dev/null/rows.jsonl"], "cannot be written"),
         (["op", "--device", "tpu"], "--device"),
         (["op", "--device", "cuda:99"], "CUDA device"),
-        (["model", *SMALL, "--pattern", "MXA"], "--pattern 'MXA': expected a letter a layer"),
+        (["model", *SMALL, "--pattern", "MXA"], r"--pattern 'MXA': expected a letter a layer, of M .*, G .*, A .*, 2 "),
         (["model", *SMALL, "--pattern", "MA", "--layers", "3"], "--layers and --pattern: give one"),
         (["model", *SMALL, "--layers", "0"], "--layers must be at least 1"),
         (["check", *SMALL, "--repeats", "-1"], "at least 0"),
@@ -185,6 +186,17 @@ def test_other_kernels_run_at_a_small_shape(argv, modes, run):
     assert {(row.provider, row.mode) for row in run.rows()} == {(p, m) for p in ("eager", "sdpa") for m in modes}
     for row in run.rows():
         assert row.status == "ok", (row.provider, row.mode, row.note)
+
+
+@pytest.mark.parametrize("letter", MIXERS)
+def test_a_model_may_have_every_mixer(letter, run):
+    shape = ["--shape", "B2,T9,N4,K8,V16", "--device", "cpu", "--mode", "inference,train,generate", "--runs", "1"]
+    assert run("model", "--pattern", f"M{letter}", *shape, "--provider", "eager")[0] == 0
+    assert [(row.mode, row.status, row.note) for row in run.rows()] == [
+        (mode, "ok", "") for mode in ("inference", "train", "generate")
+    ]
+    assert f"language model M{letter}, width 64" in run.rows()[0].operator
+    assert (run.rows()[0].floor_ms is None) == (letter not in "MA" or floors.host(torch.get_num_threads()) is None)
 
 
 def test_show_prints_the_tables_of_the_run_again(run):

@@ -9,11 +9,30 @@ from rich.text import Text
 
 from m2rnn_compile.ops.registry import IMPLEMENTATIONS
 
+from .ledger import META, FlashAttention, Ledger
 from .measure import Plan
 from .memory import MIB
-from .providers import PROVIDERS, Provider
+from .providers import PROVIDERS, Context, Provider, lm, ours
 from .shapes import Shape
 from .tables import heading, make_table
+
+COLUMNS = {
+    "op": ("inputs", "forward", "forward+backward"),
+    "step": ("inputs", "step"),
+    "layer": ("inputs", "forward", "forward+backward"),
+    "model": ("inputs", "forward", "forward+backward", "train", "generate"),
+}
+NOTES = {
+    "op": "estimates of the op's peak beyond its inputs; a peer of another kind may need several times as much",
+    "step": "estimates: what a step allocates beyond its inputs; of peers' steps no memory is predicted",
+    "layer": "inputs: x, the gradient of y, the parameters; the others are peaks beyond these, counted operation by\n"
+    "operation of the uncompiled layer (projections, conv, gates, scan with checkpoints, tail, every gradient);\n"
+    "what a kernel allocates inside is not counted",
+    "model": "inputs: the parameters and a weight for each loss; the others are peaks beyond these, counted operation\n"
+    "by operation of the uncompiled model (all layers, logits and losses, every gradient); train adds the two moments\n"
+    "that AdamW keeps of each parameter; generate is the cache of T tokens and one token more; what a kernel\n"
+    "allocates inside is not counted",
+}
 
 
 def input_bytes(shape: Shape, itemsize: int) -> int:
@@ -64,28 +83,71 @@ def parts_of(plan: Plan, device_type: str) -> list[Table | Text]:
     table = make_table()
     for column in ("shape", "sizes", "dtype", "provider"):
         table.add_column(column, no_wrap=True)
-    step = plan.kernel == "step"
-    for column in ("inputs MiB", "step MiB") if step else ("inputs MiB", "forward MiB", "forward+backward MiB"):
-        table.add_column(column, justify="right", no_wrap=True)
+    for column in COLUMNS[plan.kernel]:
+        table.add_column(f"{column} MiB", justify="right", no_wrap=True)
     table.add_column("")
+    cells_of = {"op": _cells, "step": _step_cells}.get(plan.kernel, _whole_cells)
     missing = {name: offered[name].why_not(torch.device(device_type)) for name in names}
     for shape in plan.shapes:
         for dtype in plan.dtypes:
             for name in names:
                 first = (shape.name, str(shape), str(dtype).removeprefix("torch."))
-                cells = _step_cells(name, shape, dtype) if step else _cells(plan, offered[name], shape, dtype)
+                cells = cells_of(plan, offered[name], shape, dtype)
                 table.add_row(*first, *cells[:-1], Text("missing" if missing[name] else cells[-1]))
-    note = "estimates of the op's peak beyond its inputs; a peer of another kind may need several times as much"
-    if step:
-        note = "estimates: what a step allocates beyond its inputs; of peers' steps no memory is predicted"
-    elif plan.kernel != "op":
-        note = f"memory is predicted for the op; {plan.kernel} adds to it"
     title = f"{plan.kernel} on {device_type}: {', '.join(plan.modes)}; nothing was run"
-    lines = [note, *(f"missing {name}: {reason}" for name, reason in missing.items() if reason)]
+    lines = [NOTES[plan.kernel], *(f"missing {name}: {reason}" for name, reason in missing.items() if reason)]
     return [heading(title), table, Text("\n".join(lines))]
 
 
-def _step_cells(name: str, shape: Shape, dtype: torch.dtype) -> list[str]:
+def whole_bytes(plan: Plan, provider: Provider, shape: Shape, dtype: torch.dtype) -> dict[str, int]:
+    """Column → bytes of a layer or model, counted on the meta device.
+
+    inputs: leaves (x and the parameters) and the gradient that is given. The others are peaks beyond these, of train
+    with AdamW's two moments of every parameter, of generate with the cache of T tokens.
+
+    Raises:
+        ValueError: a shape that the provider cannot do.
+    """
+    context = Context(plan.kernel, shape, dtype, META, plan.seed, plan.clip, plan.layers, plan.pattern)
+    problem = provider.build[plan.kernel](context)
+    leaves = list(problem.leaves.values())
+    assert problem.dy is not None
+    given = [*leaves, problem.dy]
+    ledger = Ledger(given)
+    with ledger, FlashAttention():
+        y = problem.call(problem.leaves)[0]
+        forward = ledger.peak
+        gradients = torch.autograd.grad(y, leaves, problem.dy.to(y.dtype), allow_unused=True)
+    both = ledger.peak
+    if provider.name == "reference":  # a graph of the loop in the place of checkpoints
+        recurrent = 1 if plan.kernel == "layer" else lm.config_of(context, "M").pattern.count("M")
+        graph = recurrent * (provider.kept(shape, dtype.itemsize) - ours.checkpoint_bytes(shape, dtype.itemsize))
+        forward, both = forward + graph, both + graph
+    del y, gradients
+    result = {"inputs": sum(x.nbytes for x in given), "forward": forward, "forward+backward": both}
+    if plan.kernel == "model":
+        result["train"] = both + 2 * sum(x.nbytes for x in leaves)
+        ledger = Ledger(given)
+        with ledger, FlashAttention():
+            step = problem.variant("generate")()
+            ledger.peak = ledger.now  # the cache; what filled it is gone
+            step()
+        result["generate"] = ledger.peak
+    return result
+
+
+def _whole_cells(plan: Plan, provider: Provider, shape: Shape, dtype: torch.dtype) -> list[str]:
+    try:
+        found = whole_bytes(plan, provider, shape, dtype)
+    except ValueError as e:
+        return [provider.name, *[""] * len(COLUMNS[plan.kernel]), str(e)]
+    largest = max(value for column, value in found.items() if column != "inputs")
+    figures = [f"{found[column] / MIB:,.1f}" for column in COLUMNS[plan.kernel]]
+    return [provider.name, *figures, _fits(plan, found["inputs"] + largest)]
+
+
+def _step_cells(plan: Plan, provider: Provider, shape: Shape, dtype: torch.dtype) -> list[str]:
+    name = provider.name
     known = name == "xma" or name.removesuffix("-compile") in IMPLEMENTATIONS
     figures = [f"{value / MIB:,.2f}" for value in step_bytes(shape, dtype.itemsize)] if known else ["", ""]
     return [name, *figures, ""]
@@ -94,7 +156,10 @@ def _step_cells(name: str, shape: Shape, dtype: torch.dtype) -> list[str]:
 def _cells(plan: Plan, provider: Provider, shape: Shape, dtype: torch.dtype) -> list[str]:
     inputs = input_bytes(shape, dtype.itemsize)
     forward, both = peak_bytes(provider, shape, dtype.itemsize)
+    figures = [f"{value / MIB:,.1f}" for value in (inputs, forward, both)]
+    return [provider.name, *figures, _fits(plan, inputs + both)]
+
+
+def _fits(plan: Plan, needed: int) -> str:
     total = _total_memory(plan.device)
-    too_large = total is not None and inputs + both > total
-    note = "does not fit" if too_large else ""
-    return [provider.name, *(f"{value / MIB:,.1f}" for value in (inputs, forward, both)), note]
+    return "does not fit" if total is not None and needed > total else ""

@@ -14,6 +14,7 @@ from torch import Tensor
 from m2rnn_compile.layers import M2RNN
 
 from ..floors import scan_work
+from ..ledger import kernel
 from ..problem import Problem
 from . import layers
 from .peers import tolerated
@@ -55,11 +56,19 @@ class AuthorsLayer(M2RNN):
         return of_the_authors_op(self, x, self.scan)
 
 
+def _sizes_only(q: Tensor, k: Tensor, v: Tensor, f: Tensor, W: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Their op on the meta device: it keeps its inputs, and computes every state again in backward."""
+    (B, T), N = q.shape[:2], max(x.shape[2] for x in (q, k, v, f))
+    K, V = q.shape[-1], v.shape[-1]
+    given = (q, k, v, f.to(q.dtype), W.to(q.dtype))
+    return kernel((B, T, N, V), given, scratch=B * T * N * K * V), q.new_empty(B, N, K, V)
+
+
 def layer_problem(context: Context, scan: Scan) -> Problem:
     """Uncompiled, as they run it, and judged like our layer, with a peer's leeway."""
     sizes = layers.m2rnn_sizes(context)
     module = layers.seeded(context, AuthorsLayer, **sizes)
-    module.scan = scan
+    module.scan = _sizes_only if context.sizes_only else scan
     eager = layers.seeded(context, M2RNN, **sizes, impl="eager")
     mixer = scan_work(context.shape, context.dtype_name)
     problem = layers.layer_problem(context, module, eager, "M²RNN", False, mixer)

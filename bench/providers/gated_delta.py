@@ -105,7 +105,7 @@ def _build_layer(context: Context) -> Problem:
     """`layers.GatedDeltaNet` on the chunked kernel, judged by its chunks in torch."""
     s, (H, K, V) = context.shape, sizes(context.shape)
     options = dict(hidden_size=s.width, num_heads=H, key_dim=K, value_dim=V)
-    module = layers.seeded(context, GatedDeltaNet, **options, impl="fla")
+    module = layers.seeded(context, GatedDeltaNet, **options, impl="torch" if context.sizes_only else "fla")
     eager = layers.seeded(context, GatedDeltaNet, **options, impl="torch")
     problem = layers.layer_problem(context, module, eager, _operator(s), False, _chunked_work(context))
     return dataclasses.replace(problem, tolerated=tolerated(context))

@@ -37,6 +37,6 @@ def scan_inputs(context: Context) -> dict[str, Tensor]:
 
 def normal(context: Context, *sizes: int, scale: float = 1.0, salt: int = 0) -> Tensor:
     """A leaf of normal numbers. `salt` tells the tensors of one problem apart."""
-    g = torch.Generator(context.device).manual_seed(context.seed * 1000 + salt)
+    g = context.generator(context.seed * 1000 + salt)
     x = torch.randn(*sizes, generator=g, device=context.device) * scale
     return x.to(context.dtype).requires_grad_()

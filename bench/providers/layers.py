@@ -82,9 +82,15 @@ def m2rnn_sizes(context: Context) -> dict[str, Any]:
     return sizes | dict(hidden_size=s.width)
 
 
+def runnable(context: Context, impl: str) -> str:
+    """`impl`; on the meta device `eager`, whose op keeps for backward what the kernels keep."""
+    return "eager" if context.sizes_only else impl
+
+
 def m2rnn_layer(context: Context, impl: str, *, compiled: bool) -> Problem:
     """`layers.M2RNN`."""
     sizes = m2rnn_sizes(context)
+    impl, compiled = runnable(context, impl), compiled and not context.sizes_only
     module = seeded(context, M2RNN, **sizes, impl=impl)
     eager = seeded(context, M2RNN, **sizes, impl="eager")
     return layer_problem(context, module, eager, "M²RNN", compiled, scan_work(context.shape, context.dtype_name))

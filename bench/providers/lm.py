@@ -65,6 +65,7 @@ def config_of(context: Context, letter: str) -> LMConfig:
 def language_model(context: Context, letter: str, impl: str, *, compiled: bool) -> Problem:
     """A `HybridLM`; the gate looks at the losses of the first tokens and the gradient of every parameter."""
     s, device = context.shape, context.device
+    impl, compiled = layers.runnable(context, impl), compiled and not context.sizes_only
     config = config_of(context, letter)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(context.seed)

@@ -147,7 +147,7 @@ def _why_not(impl: str, device: torch.device) -> str | None:
     return availability
 
 
-def _checkpoints(shape: Shape, itemsize: int) -> int:
+def checkpoint_bytes(shape: Shape, itemsize: int) -> int:
     return 4 * state_elements(shape) // CHECKPOINT_STEPS
 
 
@@ -168,7 +168,7 @@ def implementation(impl: str, *, default_on: tuple[str, ...], about: str) -> Pro
             "layer": lambda context: layers.m2rnn_layer(context, impl, compiled=False),
             "model": lambda context: lm.language_model(context, "M", impl, compiled=False),
         },
-        kept=_graph if impl == "reference" else _checkpoints,
+        kept=_graph if impl == "reference" else checkpoint_bytes,
     )
 
 
@@ -194,5 +194,5 @@ def compiled(impl: str, *, default_on: tuple[str, ...]) -> Provider:
         default_on=default_on,
         why_not=functools.partial(_why_not, impl),
         build=build,
-        kept=_graph if impl == "reference" else _checkpoints,
+        kept=_graph if impl == "reference" else checkpoint_bytes,
     )

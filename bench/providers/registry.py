@@ -42,9 +42,19 @@ class Context:
             self.shared[key] = make()
         return self.shared[key]
 
-    def generator(self) -> torch.Generator:
-        """Seeded, on the device: drawing gigabytes on the CPU takes longer than timing what they are drawn for."""
-        return torch.Generator(self.device).manual_seed(self.seed)
+    def generator(self, seed: int | None = None) -> torch.Generator | None:
+        """Seeded, on the device: drawing gigabytes on the CPU takes longer than timing what they are drawn for.
+
+        None on the meta device, where there are no numbers to draw.
+        """
+        if self.sizes_only:
+            return None
+        return torch.Generator(self.device).manual_seed(self.seed if seed is None else seed)
+
+    @property
+    def sizes_only(self) -> bool:
+        """Nothing will be run: memory is predicted (layers and models)."""
+        return self.device.type == "meta"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +66,8 @@ class Provider:
         about: one line for `info`.
         default_on: device types where it runs unless providers are named.
         why_not: why it cannot run on a device in this environment, or None. Must not compile anything.
-        build: kernel → function that makes the problem; raises ValueError for a shape that it cannot do.
+        build: kernel → function that makes the problem; raises ValueError for a shape that it cannot do. Layers and
+            models are also built on the meta device, where no kernel of theirs can run.
         kept: bytes that live from forward to backward beyond the results, estimated without running (kernel op).
         in_backward: bytes that only backward holds, gradients left out, estimated likewise.
         version: of the package it comes from, where that is neither this one nor torch.

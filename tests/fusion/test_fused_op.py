@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -173,6 +177,33 @@ def test_errors_name_the_argument(change: dict, message: str) -> None:
     x = make_fused(**CASES["layer"])
     with pytest.raises(ValueError, match=message):
         m2rnn_fused(**{**x.tensors, **x.options, **change})
+
+
+def _jvp(f: Any, g: torch.Tensor) -> torch.Tensor:
+    tangent: torch.Tensor = torch.func.jvp(f, (g,), (g,))[1]
+    return tangent
+
+
+def _dual_level(f: Any, g: torch.Tensor) -> torch.Tensor | None:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(g, g))).tangent
+
+
+@pytest.mark.parametrize("forward_mode", [_jvp, _dual_level])
+@pytest.mark.parametrize("compiled", ["not", "outside", "inside"])
+def test_forward_mode_is_refused_and_gives_no_zero_tangents(forward_mode: Any, compiled: str) -> None:
+    """In eager mode, in a compiled function that differentiates, and around a function compiled before."""
+    x = make_fused(**CASES["layer"])
+    f = lambda g: m2rnn_fused(**{**x.tensors, "g": g}, **x.options)[0]
+    g = x.tensors["g"]
+    if compiled == "inside":
+        f = torch.compile(f, backend="aot_eager")
+        f(g)
+    run_it = partial(forward_mode, f)
+    if compiled == "outside":
+        run_it = torch.compile(lambda g: forward_mode(f, g), backend="aot_eager")
+    with pytest.raises(NotImplementedError, match="forward-mode differentiation"):
+        run_it(g)
 
 
 def test_what_it_cannot_do_is_said() -> None:

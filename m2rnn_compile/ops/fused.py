@@ -443,12 +443,10 @@ def m2rnn_fused(
     if impl == "reference":
         raise ValueError("m2rnn: the fused scan has no impl='reference'; write the gates in torch around m2rnn")
     tensors = [x for x in arguments[:11] if isinstance(x, Tensor)]
-    if torch.compiler.is_compiling():  # whether a tensor has a tangent, or a transform is active, cannot be asked then
-        refused = forward_ad._current_level >= 0
-    else:
-        dual = forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
-        refused = dual or functorch_active()
-    if refused:
+    dual = forward_ad._current_level >= 0
+    if dual and not torch.compiler.is_compiling():  # while tracing a tensor cannot be asked for its tangent
+        dual = any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    if dual or functorch_active():
         raise NotImplementedError(
             "m2rnn: the fused scan does not run inside of torch.vmap, torch.func transforms or forward-mode "
             "differentiation; write the gates in torch around m2rnn, whose limits are fewer"

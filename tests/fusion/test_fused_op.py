@@ -206,6 +206,13 @@ def test_forward_mode_is_refused_and_gives_no_zero_tangents(forward_mode: Any, c
         run_it(g)
 
 
+def test_compiled_vmap_is_refused_as_in_eager_mode() -> None:
+    x = make_fused(**CASES["layer"])
+    mapped = torch.vmap(lambda g: m2rnn_fused(**{**x.tensors, "g": g}, **x.options)[0])
+    with pytest.raises(NotImplementedError, match=r"torch\.vmap"):
+        torch.compile(mapped, backend="aot_eager")(x.tensors["g"][None])
+
+
 def test_what_it_cannot_do_is_said() -> None:
     x = make_fused(**CASES["layer"])
     t = {n: v.requires_grad_() for n, v in x.tensors.items()}

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from m2rnn_compile import M2RNN, enable_fusion, explain
+from m2rnn_compile import M2RNN, enable_fusion, explain, m2rnn
 from m2rnn_compile.lowering.inductor import hook
 from m2rnn_compile.ops import fusion_switch
-from tests.fusion.compiling import fusion_on_cpu
+from tests.fusion.compiling import Rewriting, fusion_on_cpu
+from tests.fusion.composed import make_fused
 
 __all__ = ["fusion_on_cpu"]
 ALL = ("q | k | v as one tensor", "decay gate", "D ⊙ v", "SiLU(g)", "RMSNorm over N·V")
@@ -64,6 +65,34 @@ def test_inductor_gets_the_fused_op_without_a_flag(fusion_on_cpu: None) -> None:
     with torch._inductor.config.patch(pre_grad_custom_pass=None):
         never = [compiled(x), *training_step(compiled, layer, x)]
     assert all(torch.equal(a, b) for a, b in zip(off, never, strict=True))
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
+@pytest.mark.parametrize("trained", ["D", "g_norm.weight", "output_projection.weight", "D g_norm.weight"])
+def test_what_stands_behind_a_frozen_scan_trains(fused: bool, trained: str, fusion_on_cpu: None) -> None:
+    """The scan itself keeps nothing for a backward then; what fusion would absorb has its gradients all the same."""
+    layer, x = make_layer().requires_grad_(False), torch.randn(2, 9, 24)
+    leaves = [layer.get_parameter(name).requires_grad_() for name in trained.split()]
+    compiled = torch.compile(layer, backend=Rewriting() if fused else "aot_eager", fullgraph=True)
+    got = torch.autograd.grad(compiled(x).square().sum(), leaves)
+    expected = torch.autograd.grad(layer(x).square().sum(), leaves)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
+def test_a_gate_behind_a_frozen_scan_trains(fused: bool, fusion_on_cpu: None) -> None:
+    x = make_fused(N=4, D=True, g=True)
+    t = {n: v.detach() for n, v in x.tensors.items()}
+
+    def f(g: Tensor) -> Tensor:
+        y = m2rnn(t["q"], t["k"], t["v"], t["f"], t["W"]).y
+        return (y + t["D"] * t["v"]) * torch.nn.functional.silu(g)
+
+    g = t["g"].requires_grad_()
+    compiled = torch.compile(f, backend=Rewriting() if fused else "aot_eager", fullgraph=True)
+    (got,), (expected,) = (torch.autograd.grad(fn(g).square().sum(), g) for fn in (compiled, f))
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_the_switch_compiles_again_and_nothing_stale_runs() -> None:

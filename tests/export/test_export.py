@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from m2rnn_compile import enable_fusion
@@ -49,6 +50,17 @@ def test_training_graph_keeps_the_checkpoints() -> None:
     (got,) = torch.autograd.grad(program.module()(x).square().sum(), x)
     (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
     torch.testing.assert_close(got, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_program_for_inference_runs_compiled_in_grad_mode(backend: str) -> None:
+    """Its parameters still require gradients, so a backward is traced; it fails only where it is asked for."""
+    layer, x = make_layer(), torch.randn(2, 17, 24)
+    compiled = torch.compile(export_layer(layer).module(), backend=backend)
+    y = compiled(x)
+    torch.testing.assert_close(y, layer(x), **CLOSE)
+    with pytest.raises(RuntimeError, match=r"no backward.*exported under torch\.no_grad\(\) keeps none"):
+        y.sum().backward()
 
 
 def test_prefill_and_decode_with_a_state(tmp_path: Path) -> None:

@@ -206,6 +206,25 @@ def test_forward_mode_is_refused_and_gives_no_zero_tangents(forward_mode: Any, c
         run_it(g)
 
 
+@pytest.mark.parametrize("trained", ["q", "D", "g", "norm_weight"])
+@pytest.mark.parametrize("case", ["layer", "shared heads"])
+def test_a_compiled_backward_without_checkpoints_fails_when_it_runs(case: str, trained: str) -> None:
+    """Not before, as it may never run, and not by a gradient that is silently absent."""
+    x = make_fused(**CASES[case])
+    tensors = [x.tensors.get(n) for n in TENSORS]
+    leaf = x.tensors[trained].requires_grad_()
+
+    def f(*tensors: torch.Tensor | None) -> torch.Tensor:
+        rest = (None, None, "decay", "silu", "all", 1e-5, "float32", 0, "auto")
+        o: torch.Tensor = torch.ops.m2rnn.fused_scan(*tensors, *rest)[0]
+        return o
+
+    o = torch.compile(f, backend="aot_eager")(*tensors)
+    torch.testing.assert_close(o, f(*tensors))
+    with pytest.raises(RuntimeError, match="chunk = 0"):
+        torch.autograd.grad(o.sum(), leaf)
+
+
 def test_compiled_vmap_is_refused_as_in_eager_mode() -> None:
     x = make_fused(**CASES["layer"])
     mapped = torch.vmap(lambda g: m2rnn_fused(**{**x.tensors, "g": g}, **x.options)[0])

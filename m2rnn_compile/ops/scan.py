@@ -115,6 +115,8 @@ def _scan_fake(
     B, T, N, K, V, S = check_scan(q, k, v, f, W, initial_state, cu_seqlens, state_grad_clip)
     _check_chunk(chunk)
     registry.check_name(impl)
+    if fusion_switch.WATCH is not None:
+        fusion_switch.WATCH(v)
     acc = state_dtype(v)
     NC = num_checkpoints(B, T, S, chunk, cu_seqlens is not None)
     return (

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import m2rnn_compile
 from m2rnn_compile import M2RNN, enable_fusion, explain, m2rnn
 from m2rnn_compile.lowering.inductor import hook
 from m2rnn_compile.ops import fusion_switch
@@ -28,9 +31,10 @@ def make_layer() -> M2RNN:
     return M2RNN(24, num_heads=4, key_dim=8, value_dim=4)
 
 
-def python(code: str, **env: str) -> str:
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
+def python(code: str, *args: str, **env: str) -> str:
+    command = [sys.executable, "-c", code, *args]
+    folder = env.get("PYTHONPATH")  # -c puts the working directory before it
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -110,6 +114,48 @@ def test_the_switch_compiles_again_and_nothing_stale_runs() -> None:
     assert seen == [True, False]  # each setting once; going back finds what is compiled already
 
 
+TRAINS = """
+import sys
+import torch
+import m2rnn_compile
+assert m2rnn_compile.__file__.startswith(sys.argv[1]), m2rnn_compile.__file__
+m2rnn_compile.enable_fusion({enabled}, devices=("cpu",))
+torch.manual_seed(0)
+q, v, g, f, W = torch.randn(1, 5, 1, 4), torch.randn(1, 5, 2, 3), torch.randn(1, 5, 2, 3), torch.rand(1, 5, 2), torch.eye(3)
+g.requires_grad_()
+f.requires_grad_()
+scan = lambda g, f: m2rnn_compile.m2rnn(q, q, v, f, W[None], impl="eager").y * torch.sigmoid(g)
+torch.compile(scan)(g, f).sum().backward()
+from torch._dynamo.utils import counters
+hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+print({leaf}.grad.abs().sum().item(), hits)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("enabled", [False, True], ids=["off", "on"])
+def test_caches_on_disk_keep_versions_of_the_library_apart(enabled: bool, tmp_path: Path) -> None:
+    """An upgrade that changes what only a compiler traces, as the backward of an op, runs at once."""
+    if enabled:  # the fused op's backward adds up the gates of heads that share them
+        edited, leaf, right = "reference.py", "g", "return dx if dx.shape[axis] == heads else dx."
+        wrong = "return 0 * dx if dx.shape[axis] == heads else dx."
+    else:
+        edited, leaf, right = "scan.py", "f", "    return dq, dk, dv, df, dW, dh0,"
+        wrong = "    return dq, dk, dv, 0 * df, dW, dh0,"
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        shutil.copytree(Path(m2rnn_compile.__file__).parent, folder / "m2rnn_compile")
+    file = new / "m2rnn_compile" / "ops" / edited
+    source = file.read_text()
+    assert source.count(right) == 1
+    file.write_text(source.replace(right, wrong))
+    shared = dict(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"), TORCHINDUCTOR_FX_GRAPH_CACHE="1")
+    code = TRAINS.format(enabled=enabled, leaf=leaf)
+    runs = [python(code, str(folder), PYTHONPATH=str(folder), **shared).split() for folder in (old, new)]
+    assert float(runs[0][0]) > 0
+    assert runs[1] == ["0.0", "0"]
+
+
 CACHED = """
 import torch
 import m2rnn_compile
@@ -173,6 +219,7 @@ def test_an_unknown_torch_gets_the_opaque_op_and_one_message(
 ) -> None:
     monkeypatch.setattr(hook, "torch_version", lambda: version)
     monkeypatch.setattr(hook, "_status", "")
+    monkeypatch.setattr(hook, "_warned", set())
     config: Any = SimpleNamespace(pre_grad_custom_pass=None)
     with pytest.warns(UserWarning, match="m2rnn: fusion under torch.compile is off: .* not one of the versions 2.11"):
         hook.install(config)
@@ -181,10 +228,14 @@ def test_an_unknown_torch_gets_the_opaque_op_and_one_message(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         hook.install(config)
+        hook._warned.clear()
+        enable_fusion(False)
+        hook.install(config)  # with fusion off nobody misses it
 
 
 def test_a_torch_without_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hook, "_status", "")
+    monkeypatch.setattr(hook, "_warned", set())
     with pytest.warns(UserWarning, match="has no such hook"):
         hook.install(SimpleNamespace())  # type: ignore[arg-type]
 

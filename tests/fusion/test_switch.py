@@ -3,7 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
 import os
+import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +25,7 @@ import m2rnn_compile
 from m2rnn_compile import M2RNN, enable_fusion, explain, m2rnn
 from m2rnn_compile.lowering.inductor import hook
 from m2rnn_compile.ops import fusion_switch
-from tests.fusion.compiling import Rewriting, fusion_on_cpu
+from tests.fusion.compiling import ON_CPU, Rewriting, fusion_on_cpu
 from tests.fusion.composed import make_fused
 
 __all__ = ["fusion_on_cpu"]
@@ -121,9 +126,8 @@ import m2rnn_compile
 assert m2rnn_compile.__file__.startswith(sys.argv[1]), m2rnn_compile.__file__
 m2rnn_compile.enable_fusion({enabled}, devices=("cpu",))
 torch.manual_seed(0)
-q, v, g, f, W = torch.randn(1, 5, 1, 4), torch.randn(1, 5, 2, 3), torch.randn(1, 5, 2, 3), torch.rand(1, 5, 2), torch.eye(3)
-g.requires_grad_()
-f.requires_grad_()
+q, v, W = torch.randn(1, 5, 1, 4), torch.randn(1, 5, 2, 3), torch.eye(3)
+g, f = torch.randn(1, 5, 2, 3, requires_grad=True), torch.rand(1, 5, 2, requires_grad=True)
 scan = lambda g, f: m2rnn_compile.m2rnn(q, q, v, f, W[None], impl="eager").y * torch.sigmoid(g)
 torch.compile(scan)(g, f).sum().backward()
 from torch._dynamo.utils import counters
@@ -213,6 +217,81 @@ def test_a_user_s_pass_stays_and_runs_first(fusion_on_cpu: None) -> None:
             order.clear()
 
 
+class Theirs(torch._inductor.custom_graph_pass.CustomGraphPass):
+    """A user's pass, which does nothing."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        pass
+
+    def uuid(self) -> str:
+        return "theirs"
+
+
+@pytest.mark.parametrize("form", [lambda p: p, lambda p: [p]], ids=["pass", "list"])
+def test_a_pass_that_takes_the_place_of_ours_is_noticed(
+    form: Any, fusion_on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whoever asks, and by one warning where a scan is compiled without it; the switch puts it back behind."""
+    import torch._inductor.config as config
+
+    monkeypatch.setattr(hook, "_warned", set())
+    assert hook.status().startswith("installed in torch")
+    x = make_fused(N=4, D=True, g=True).tensors
+    f = lambda g: m2rnn(x["q"], x["k"], x["v"], x["f"], x["W"]).y * torch.sigmoid(g)
+    with config.patch(pre_grad_custom_pass=form(Theirs()), force_disable_caches=True):
+        lost = "lost: torch._inductor.config.pre_grad_custom_pass was replaced by Theirs"
+        assert hook.status().startswith(lost)
+        assert lost in str(explain(f, x["g"])).replace("\n", " ")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "m2rnn")
+            torch.compile(f, backend="aot_eager")(x["g"])  # which never fuses
+        torch._dynamo.reset()
+        hook.RECORDS.clear()
+        with pytest.warns(UserWarning, match=rf"m2rnn: fusion .* is {lost}.*enable_fusion.*unfused") as seen:
+            torch.compile(f)(x["g"])
+        assert sum(str(w.message).startswith("m2rnn") for w in seen) == 1
+        assert not hook.RECORDS
+        torch._dynamo.reset()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "m2rnn")
+            torch.compile(f)(x["g"])
+        enable_fusion(True, **ON_CPU)
+        assert hook.status().startswith("installed in torch")
+        torch._dynamo.reset()
+        torch.compile(f)(x["g"])
+        assert [r.fused for r in hook.RECORDS] == [("sigmoid(g)",)]
+
+
+def test_copies_and_pickles_of_inductor_s_configuration_hold_a_pass() -> None:
+    import torch._inductor.config as config
+
+    ours = config.pre_grad_custom_pass
+    assert hook.installed(config)
+    assert copy.deepcopy(ours) is copy.copy(ours) is ours
+    config.load_config(config.get_config_copy())
+    assert hook.installed(config)
+    for earlier in (None, Theirs()):
+        loaded = pickle.loads(pickle.dumps(hook._make_pass(earlier)))
+        assert hook.installed(SimpleNamespace(pre_grad_custom_pass=loaded))  # type: ignore[arg-type]
+        assert loaded.uuid() == hook._make_pass(earlier).uuid()
+
+
+@pytest.mark.parametrize(
+    "devices,error,message",
+    [
+        ("cpu", TypeError, r"sequence of device types as text, got 'cpu'; for one write devices=\('cuda',\)"),
+        ((torch.device("cuda"),), TypeError, "sequence of device types as text"),
+        (("gpu",), ValueError, "`devices` names 'gpu', which is no device type"),
+        (("cpu", "cuda:0"), ValueError, "got the device 'cuda:0'.*use 'cuda'"),
+    ],
+)
+def test_devices_are_types(devices: Any, error: type[Exception], message: str) -> None:
+    before = fusion_switch.SETTINGS
+    with pytest.raises(error, match=message):
+        enable_fusion(devices=devices)
+    assert before == fusion_switch.SETTINGS
+
+
 @pytest.mark.parametrize("version", [(2, 10), (3, 0)])
 def test_an_unknown_torch_gets_the_opaque_op_and_one_message(
     version: tuple[int, int], monkeypatch: pytest.MonkeyPatch
@@ -263,10 +342,39 @@ def test_explain_says_what_and_why_not(fusion_on_cpu: None) -> None:
     assert "fusion is off" in str(explain(layer, x))
 
 
+def test_the_docs_show_what_explain_prints() -> None:
+    """All of it but the line number, which dots stand for, and torch's version."""
+    text = (Path(__file__).parents[2] / "docs/compile.md").read_text()
+    code, shown = re.search(r"^```python\n([^`]*?explain\(.*?)^```\n+```text\n(.*?)^```", text, re.M | re.S).groups()  # type: ignore[union-attr]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(code, {"torch": torch, "m2rnn_compile": m2rnn_compile, "M2RNN": M2RNN})
+    printed = re.sub(r"(?<=m2rnn\.py:)\d+", lambda m: "·" * len(m[0]), out.getvalue())
+    printed, shown = (re.sub(r"torch \S+'s", "torch's", x) for x in (printed, shown))
+    assert [line.rstrip() for line in printed.split("\n")] == [line.rstrip() for line in (shown + "\n").split("\n")]
+
+
 def test_explain_many_times_and_a_model_of_many_scans(fusion_on_cpu: None) -> None:
     model = nn.Sequential(make_layer(), make_layer())
     for length in range(3, 15):  # beyond Dynamo's limit of compilations of one function
         assert [r.fused for r in explain(model, torch.randn(2, length, 24)).scans] == [ALL, ALL]
+
+
+@pytest.mark.parametrize("op", [torch.ops.m2rnn.scan, torch.ops.m2rnn.scan.default], ids=["packet", "overload"])
+@pytest.mark.parametrize("keywords", [False, True])
+def test_the_op_called_directly(op: Any, keywords: bool, fusion_on_cpu: None) -> None:
+    x = make_fused(N=4, D=True, g=True).tensors
+
+    def f(g: Tensor) -> Tensor:
+        rest = dict(state_grad_clip=None, chunk=0, impl="auto") if keywords else {}
+        y = op(x["q"], x["k"], x["v"], x["f"], x["W"], None, None, *(() if keywords else (None, 0, "auto")), **rest)[0]
+        return y * torch.sigmoid(g)
+
+    assert [r.fused for r in explain(f, x["g"]).scans] == [("sigmoid(g)",)]
+    hook.RECORDS.clear()
+    torch.testing.assert_close(torch.compile(f)(x["g"]), f(x["g"]), atol=1e-5, rtol=1e-4)
+    assert [r.fused for r in hook.RECORDS] == [("sigmoid(g)",)]
+    enable_fusion(False)
+    assert [r.left for r in explain(f, x["g"]).scans] == [("fusion is off",)]
 
 
 def test_explain_of_a_model_without_a_scan() -> None:

@@ -230,7 +230,7 @@ def test_compiled_func_grad_fails_aloud(transform: Callable[..., Any]) -> None:
     """In torch's words: whether a tensor is tracked cannot be asked while tracing."""
     loss = lambda q: m2rnn(q, X.k, X.v, X.f, X.W).y.sum()
     q = X.q if transform is torch.func.grad else X.q[None]
-    with pytest.raises(Exception, match="autograd.Function with functorch transforms"):
+    with pytest.raises(Exception, match=r"autograd\.Function with functorch transforms"):
         torch.compile(transform(loss), backend="aot_eager")(q)
 
 

@@ -78,7 +78,7 @@ def test_prefill_and_decode_with_a_state(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.cat(ys, 1), layer(x), **CLOSE)
 
 
-def test_hybrid_model() -> None:
+def test_hybrid_model_through_a_file(tmp_path: Path) -> None:
     model = Hybrid().eval()
     with torch.no_grad():
         program = torch.export.export(
@@ -86,6 +86,12 @@ def test_hybrid_model() -> None:
         )
         tokens = torch.randint(0, 32, (3, 21))
         torch.testing.assert_close(program.run_decompositions().module()(tokens), model(tokens), **CLOSE)
+        torch.export.save(program, tmp_path / "hybrid.pt2")
+        loaded = torch.export.load(tmp_path / "hybrid.pt2")
+        assert ops_of(loaded) == ["m2rnn.scan.default"] * 2
+        for shape in ((3, 21), (1, 1), (2, 70)):
+            tokens = torch.randint(0, 32, shape)
+            torch.testing.assert_close(loaded.module()(tokens), model(tokens), **CLOSE)
 
 
 def test_export_does_not_depend_on_fusion() -> None:

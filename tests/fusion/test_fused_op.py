@@ -63,9 +63,23 @@ def test_opcheck(case: str, layout: str) -> None:
         )
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", ["layer", "shared heads", "packed", "nothing"])
+def test_opcheck_of_one_tensor_for_q_k_and_v(case: str, layout: str) -> None:
+    x = make_fused(**CASES[case])
+    q, k, v = (x.tensors[n] for n in "qkv")
+    sizes = [q.shape[2], k.shape[2], v.shape[2], q.shape[3], v.shape[3]]
+    lay_out = lambda t: LAYOUTS[layout](t).detach().requires_grad_()
+    qkv = lay_out(torch.cat([t.flatten(2) for t in (q, k, v)], -1))
+    tensors = [lay_out(x.tensors[n]) if n in x.tensors else None for n in TENSORS[3:]]
+    o = x.options
+    rest = (o["cu_seqlens"], 1.0, o["forget"], o["activation"], o["norm"], 1e-3, "bfloat16", 4, "auto")
+    opcheck(torch.ops.m2rnn.fused_scan_packed.default, (qkv, sizes, *tensors, *rest))
+
+
 @pytest.mark.parametrize("case", ["layer", "shared heads", "packed"])
 def test_one_tensor_for_q_k_and_v(case: str) -> None:
-    """opcheck, and the bits of the op with three tensors."""
+    """The bits of the op with three tensors."""
     x = make_fused(**CASES[case])
     q, k, v = (x.tensors[n] for n in "qkv")
     qkv = torch.cat([t.flatten(2) for t in (q, k, v)], -1).requires_grad_()
@@ -73,7 +87,6 @@ def test_one_tensor_for_q_k_and_v(case: str) -> None:
     tensors = [x.tensors[n].requires_grad_() if n in x.tensors else None for n in TENSORS]
     o = x.options
     rest = (o["cu_seqlens"], 1.0, o["forget"], o["activation"], o["norm"], 1e-3, "float32", 64, "auto")
-    opcheck(torch.ops.m2rnn.fused_scan_packed.default, (qkv, sizes, *tensors[3:], *rest))
     one = torch.ops.m2rnn.fused_scan_packed(qkv, sizes, *tensors[3:], *rest)
     three = torch.ops.m2rnn.fused_scan(*tensors, *rest)
     assert torch.equal(one[0], three[0])

@@ -130,8 +130,7 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> FusionReport:
         TypeError: `model` is compiled already.
     """
     from .lowering.inductor import hook
-    from .lowering.inductor.match import SCAN
-    from .lowering.inductor.normalize import normalize
+    from .lowering.inductor.normalize import SCAN, normalize
     from .lowering.inductor.rewrite import FusionRecord, fuse
 
     if isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or hasattr(model, "_torchdynamo_orig_callable"):

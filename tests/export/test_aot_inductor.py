@@ -64,9 +64,7 @@ def test_a_fused_package_needs_the_library(runtime: Path, package: Callable[...,
     """It holds the fused op, which the runtime's library has not; torch names it."""
     layer, x = make_layer(), torch.randn(5, 70, 24)
     path = package(export_layer(layer), "fused")
-    torch.testing.assert_close(
-        torch._inductor.aoti_load_package(str(path))(x), layer(x).detach(), atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(torch._inductor.aoti_load_package(str(path))(x), layer(x).detach(), atol=1e-5, rtol=1e-4)
     code = "sys.stderr = sys.stdout\ntry:" + (LOAD + "model(torch.randn(5, 70, 24))\n").replace("\n", "\n    ")
     code += "\nexcept Exception as e:\n    print(type(e).__name__, e)"
     assert "m2rnn::fused_scan_packed" in run_without_the_library(code, runtime, path)

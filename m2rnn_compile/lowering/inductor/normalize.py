@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph
 
-from .match import SCAN
+SCAN = torch.ops.m2rnn.scan.default
 
 
 def normalize(graph: Graph) -> None:

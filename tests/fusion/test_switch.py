@@ -160,6 +160,25 @@ def test_caches_on_disk_keep_versions_of_the_library_apart(enabled: bool, tmp_pa
     assert runs[1] == ["0.0", "0"]
 
 
+def test_code_without_a_call_of_m2rnn_keeps_its_setting_until_it_is_compiled_again(fusion_on_cpu: None) -> None:
+    """As the docs say: nothing that Dynamo traces there reads the switch."""
+    x = make_fused(N=4, D=True, g=True).tensors
+    backend = Rewriting()
+
+    @torch.compile(backend=backend)
+    def f(g: Tensor) -> Tensor:
+        y: Tensor = torch.ops.m2rnn.scan.default(x["q"], x["k"], x["v"], x["f"], x["W"], None, None, None, 0, "auto")[0]
+        return y * torch.sigmoid(g)
+
+    for setting in (ON_CPU, dict(devices=())):
+        enable_fusion(True, **setting)
+        f(x["g"])
+        assert [r.fused for r in backend.records] == [("sigmoid(g)",)]
+    torch._dynamo.reset()
+    f(x["g"])
+    assert [r.fused for r in backend.records] == [("sigmoid(g)",), ()]
+
+
 CACHED = """
 import torch
 import m2rnn_compile

@@ -27,8 +27,16 @@ def enable_fusion(
     Compiled code notices: it compiles again where the setting matters. Off, the op is opaque, bit for bit as without
     this library's rewrite. In eager mode nothing depends on it.
 
+    What notices is the call of `m2rnn` that is traced. Compiled code without one (the module of an exported program,
+    or `torch.ops.m2rnn.scan` called directly) keeps the setting that it was compiled under: after a change call
+    ``torch._dynamo.reset()``, or compile again.
+
+    A pass that has taken the rewrite's place in `torch._inductor.config.pre_grad_custom_pass` is kept, and the rewrite
+    put behind it.
+
     Args:
-        devices: device types to fuse on. On a CPU the compiler's own pass over the tail is as good.
+        devices: device types to fuse on, such as ``("cuda",)``. On a CPU the compiler's own pass over the tail is as
+            good.
         prologue: also move the forget gate into the op. It saves no pass over memory.
         conv: also move the causal convolution and SiLU in front of the scan into the op: in inference they are part of
             the scan's own kernel, with the forget gate and the tail; in training they get kernels of their own, one
@@ -36,11 +44,33 @@ def enable_fusion(
 
     Returns:
         The settings before, to restore with ``enable_fusion(**before._asdict())``.
+
+    Raises:
+        TypeError, ValueError: `devices` is no sequence of device types.
     """
     before = fusion_switch.SETTINGS
-    fusion_switch.change(FusionSettings(bool(enabled), tuple(devices), bool(prologue), bool(conv)))
+    fusion_switch.change(FusionSettings(bool(enabled), _device_types(devices), bool(prologue), bool(conv)))
     fusion_switch.install_when_compiling()
     return before
+
+
+def _device_types(devices: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(devices, str) or not all(isinstance(d, str) for d in devices):
+        raise TypeError(
+            f"m2rnn: `devices` must be a sequence of device types as text, got {devices!r}; "
+            "for one write devices=('cuda',)"
+        )
+    for name in devices:
+        try:
+            known = torch.device(name).type
+        except RuntimeError as e:
+            raise ValueError(f"m2rnn: `devices` names {name!r}, which is no device type of torch's; use 'cuda'") from e
+        if known != name:
+            raise ValueError(
+                f"m2rnn: `devices` takes types, got the device {name!r}; fusion is on or off for all of a type: "
+                f"use {known!r}"
+            )
+    return tuple(devices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +130,7 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> FusionReport:
         TypeError: `model` is compiled already.
     """
     from .lowering.inductor import hook
-    from .lowering.inductor.match import SCAN
+    from .lowering.inductor.normalize import SCAN, normalize
     from .lowering.inductor.rewrite import FusionRecord, fuse
 
     if isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or hasattr(model, "_torchdynamo_orig_callable"):
@@ -114,6 +144,7 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> FusionReport:
         for module in gm.modules():
             if not isinstance(module, torch.fx.GraphModule):
                 continue
+            normalize(module.graph)
             if fusion_switch.SETTINGS.enabled:
                 found.extend(fuse(module.graph, fusion_switch.SETTINGS))
                 module.recompile()

@@ -16,7 +16,7 @@ from typing import Any
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # triton 3.9 warns at every compilation unless told whether to contract a * b + c; this is its default.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-# Inductor's caches on disk know a custom op by its name only: they would run graphs traced with an older fake of ours.
+# Where a cache on disk has a graph of an earlier run, no pass runs, and tests would find no records of it.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="m2rnn-inductor-"))
 
 import pytest

@@ -291,11 +291,6 @@ def _fused_vjp(ctx: Any, do: Tensor | None, dfinal_state: Tensor | None, *_: Non
 
 def _gradients(ctx: Any, saved: tuple[Any, ...], do: Tensor | None, dfinal_state: Tensor | None) -> tuple[Any, ...]:
     (q, k, v, f, W, A_log, dt_bias, D, g, norm_weight, initial_state, cu_seqlens, y, rstd, checkpoints) = saved
-    if ctx.chunk == 0:
-        raise RuntimeError(
-            "m2rnn: m2rnn::fused_scan ran with chunk = 0 (inference: no checkpoints), so it has no backward; "
-            "call m2rnn_fused(...), which chooses, or pass chunk = 64"
-        )
     if do is None and dfinal_state is None:
         return (None,) * 20
     N = checkpoints.shape[2]
@@ -309,6 +304,8 @@ def _gradients(ctx: Any, saved: tuple[Any, ...], do: Tensor | None, dfinal_state
     dq, dk, dv, df, dW, dh0 = torch.ops.m2rnn.scan_backward.default(
         dy, dfinal_state, q, k, v, f_, W, initial_state, cu_seqlens, checkpoints, ctx.clip, ctx.chunk, ctx.impl
     )
+    if ctx.chunk == 0:  # the op above raises when it runs (see `_scan_vjp`): every gradient hangs on it
+        dD, dg, dw = (None if x is None else dW.sum().to(x.dtype).expand(x.shape) for x in (D, g, norm_weight))
     if D is not None and dy is not None:
         dv = (dv.to(acc) + sum_shared_heads(D.to(acc) * dy.to(acc), v.shape[2], 2)).to(v.dtype)
     if g is not None and dg is not None:
@@ -443,13 +440,14 @@ def m2rnn_fused(
     if impl == "reference":
         raise ValueError("m2rnn: the fused scan has no impl='reference'; write the gates in torch around m2rnn")
     tensors = [x for x in arguments[:11] if isinstance(x, Tensor)]
-    if not torch.compiler.is_compiling():
-        dual = forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
-        if dual or functorch_active():
-            raise NotImplementedError(
-                "m2rnn: the fused scan does not run inside of torch.vmap, torch.func transforms or forward-mode "
-                "differentiation; write the gates in torch around m2rnn, whose limits are fewer"
-            )
+    dual = forward_ad._current_level >= 0
+    if dual and not torch.compiler.is_compiling():  # while tracing a tensor cannot be asked for its tangent
+        dual = any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    if dual or functorch_active():
+        raise NotImplementedError(
+            "m2rnn: the fused scan does not run inside of torch.vmap, torch.func transforms or forward-mode "
+            "differentiation; write the gates in torch around m2rnn, whose limits are fewer"
+        )
     if out_dtype is None:
         autocast = torch.is_autocast_enabled(v.device.type) and v.dtype != torch.float64
         out_dtype = torch.get_autocast_dtype(v.device.type) if autocast else v.dtype

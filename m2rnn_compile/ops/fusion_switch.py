@@ -8,8 +8,11 @@ running what was compiled under the other setting.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
+
+from torch import Tensor
 
 from .after_import import after_import
 
@@ -36,6 +39,7 @@ class FusionSettings(NamedTuple):
 
 SETTINGS = FusionSettings()
 TOKEN = SETTINGS.token()
+WATCH: Callable[[Tensor], None] | None = None  # the installed rewrite's: called with v of every scan's fake
 
 
 def guard() -> bool:
@@ -49,10 +53,12 @@ def change(settings: FusionSettings) -> None:
 
 
 def _install(config: ModuleType) -> None:
-    if SETTINGS.enabled:
-        importlib.import_module("m2rnn_compile.lowering.inductor.hook").install(config)
+    importlib.import_module("m2rnn_compile.lowering.inductor.hook").install(config)
 
 
 def install_when_compiling() -> None:
-    """Install the rewrite as soon as the compiler is loaded, which this library must not do by itself."""
+    """Install the rewrite as soon as the compiler is loaded, which this library must not do by itself.
+
+    Also where it is off: it does nothing then, but tells caches on disk which version of this library they are of.
+    """
     after_import("torch._inductor.config", _install)

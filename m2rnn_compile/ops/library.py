@@ -62,8 +62,11 @@ def register_autocast(op_name: str, op: Callable[..., Any], low: tuple[int, ...]
 
 
 def functorch_active() -> bool:
-    """Inside of torch.vmap, torch.func.grad or their kin."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Inside of torch.vmap, torch.func.grad or their kin.
+
+    Asked so that Dynamo knows the answer: of the stack of transforms it only traces that there is one, which is always.
+    """
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 def differentiated_by_functorch(x: Tensor) -> bool:

@@ -18,6 +18,11 @@ from .validation import check_backward, check_clip, check_cu_seqlens_values, che
 
 # Steps between two stored states. 64 keeps the checkpoints at 1/64 of all states and a chunk in on-chip memory.
 DEFAULT_CHUNK = 64
+NO_BACKWARD = (
+    "m2rnn: the scan ran with chunk = {chunk} (inference: no checkpoints), so it has no backward. m2rnn(...) chooses: "
+    "it keeps checkpoints in grad mode, where an input requires a gradient. A program exported under torch.no_grad() "
+    "keeps none: export it in grad mode to train it, or run it under torch.no_grad(). The op itself takes chunk = 64"
+)
 
 LIB.define(
     "scan(Tensor q, Tensor k, Tensor v, Tensor f, Tensor W, Tensor? initial_state, Tensor? cu_seqlens, "
@@ -76,7 +81,7 @@ def _scan_backward_kernel(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if chunk < 1:
-        raise ValueError(f"m2rnn: scan_backward needs the checkpoints of a scan with chunk >= 1, got chunk = {chunk}")
+        raise RuntimeError(NO_BACKWARD.format(chunk=chunk))
     shape = check_scan(q, k, v, f, W, initial_state, cu_seqlens, state_grad_clip)
     check_backward(shape, dy, dfinal_state, checkpoints, chunk, cu_seqlens is not None)
     lowering = registry.lowering_for(impl, q.device, (q, k, v, f, W, initial_state, cu_seqlens))
@@ -110,6 +115,8 @@ def _scan_fake(
     B, T, N, K, V, S = check_scan(q, k, v, f, W, initial_state, cu_seqlens, state_grad_clip)
     _check_chunk(chunk)
     registry.check_name(impl)
+    if fusion_switch.WATCH is not None:
+        fusion_switch.WATCH(v)
     acc = state_dtype(v)
     NC = num_checkpoints(B, T, S, chunk, cu_seqlens is not None)
     return (
@@ -153,13 +160,10 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _scan_vjp(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None, _: None) -> tuple[Any, ...]:
     q, k, v, f, W, initial_state, cu_seqlens, checkpoints = ctx.saved_tensors
-    if ctx.chunk == 0:
-        raise RuntimeError(
-            "m2rnn: m2rnn::scan ran with chunk = 0 (inference: no checkpoints), so it has no backward; "
-            "call m2rnn(...), which chooses, or pass chunk = 64"
-        )
     if dy is None and dfinal_state is None:
         return (None,) * 10
+    # With chunk = 0 this op raises when it runs. Not here: compilers trace a backward that may never be asked for, as
+    # where a program exported for inference is compiled in grad mode.
     dq, dk, dv, df, dW, dh0 = _scan_backward(
         dy, dfinal_state, q, k, v, f, W, initial_state, cu_seqlens, checkpoints,
         ctx.state_grad_clip, ctx.chunk, ctx.impl,

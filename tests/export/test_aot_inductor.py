@@ -13,7 +13,9 @@ from m2rnn_compile.deploy import build_runtime
 from m2rnn_compile.lowering import cpu
 from m2rnn_compile.lowering.cpu.build import BuildError
 from tests.export.helpers import export_layer, export_with_cache, make_layer, run_without_the_library
+from tests.fusion.compiling import fusion_on_cpu
 
+__all__ = ["fusion_on_cpu"]
 pytestmark = pytest.mark.skipif(cpu.availability() is not None, reason="no C++ compiler")
 
 
@@ -55,6 +57,17 @@ def test_layer_in_a_process_without_the_library(runtime: Path, package: Callable
     assert "agrees" in run_without_the_library(code, runtime, path, tmp_path / "io.pt")
     loaded = torch._inductor.aoti_load_package(str(path))  # and here, where the library has registered the op
     torch.testing.assert_close(loaded(inputs[2]), layer(inputs[2]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_fused_package_needs_the_library(runtime: Path, package: Callable[..., Path], fusion_on_cpu: None) -> None:
+    """It holds the fused op, which the runtime's library has not; torch names it."""
+    layer, x = make_layer(), torch.randn(5, 70, 24)
+    path = package(export_layer(layer), "fused")
+    torch.testing.assert_close(torch._inductor.aoti_load_package(str(path))(x), layer(x).detach(), atol=1e-5, rtol=1e-4)
+    code = "sys.stderr = sys.stdout\ntry:" + (LOAD + "model(torch.randn(5, 70, 24))\n").replace("\n", "\n    ")
+    code += "\nexcept Exception as e:\n    print(type(e).__name__, e)"
+    assert "m2rnn::fused_scan_packed" in run_without_the_library(code, runtime, path)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from m2rnn_compile import enable_fusion
@@ -51,6 +52,17 @@ def test_training_graph_keeps_the_checkpoints() -> None:
     torch.testing.assert_close(got, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_program_for_inference_runs_compiled_in_grad_mode(backend: str) -> None:
+    """Its parameters still require gradients, so a backward is traced; it fails only where it is asked for."""
+    layer, x = make_layer(), torch.randn(2, 17, 24)
+    compiled = torch.compile(export_layer(layer).module(), backend=backend)
+    y = compiled(x)
+    torch.testing.assert_close(y, layer(x), **CLOSE)
+    with pytest.raises(RuntimeError, match=r"no backward.*exported under torch\.no_grad\(\) keeps none"):
+        y.sum().backward()
+
+
 def test_prefill_and_decode_with_a_state(tmp_path: Path) -> None:
     layer, x = make_layer(), torch.randn(2, 12, 24)
     modules = {}
@@ -66,7 +78,7 @@ def test_prefill_and_decode_with_a_state(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.cat(ys, 1), layer(x), **CLOSE)
 
 
-def test_hybrid_model() -> None:
+def test_hybrid_model_through_a_file(tmp_path: Path) -> None:
     model = Hybrid().eval()
     with torch.no_grad():
         program = torch.export.export(
@@ -74,6 +86,12 @@ def test_hybrid_model() -> None:
         )
         tokens = torch.randint(0, 32, (3, 21))
         torch.testing.assert_close(program.run_decompositions().module()(tokens), model(tokens), **CLOSE)
+        torch.export.save(program, tmp_path / "hybrid.pt2")
+        loaded = torch.export.load(tmp_path / "hybrid.pt2")
+        assert ops_of(loaded) == ["m2rnn.scan.default"] * 2
+        for shape in ((3, 21), (1, 1), (2, 70)):
+            tokens = torch.randint(0, 32, shape)
+            torch.testing.assert_close(loaded.module()(tokens), model(tokens), **CLOSE)
 
 
 def test_export_does_not_depend_on_fusion() -> None:

@@ -218,10 +218,14 @@ def whole_arguments(conv: bool, packed: bool = False) -> tuple[object, ...]:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("conv", [True, False])
-def test_opcheck_and_values_of_the_whole(conv: bool, packed: bool) -> None:
-    x, weight, where, sizes, *rest, impl = whole_arguments(conv, packed)
+def test_opcheck_and_values_of_the_whole(conv: bool, packed: bool, layout: str) -> None:
+    def lay_out(t: object) -> object:
+        return LAYOUTS[layout](t) if isinstance(t, Tensor) and t.is_floating_point() else t
+
+    x, weight, where, sizes, *rest, impl = map(lay_out, whole_arguments(conv, packed))
     op = torch.ops.m2rnn.fused_scan_conv
     opcheck(op.default, (x, weight, where, sizes, *rest, impl))
     qkv = torch.ops.m2rnn.conv_silu(x, weight, where) if conv else x

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -59,9 +63,23 @@ def test_opcheck(case: str, layout: str) -> None:
         )
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", ["layer", "shared heads", "packed", "nothing"])
+def test_opcheck_of_one_tensor_for_q_k_and_v(case: str, layout: str) -> None:
+    x = make_fused(**CASES[case])
+    q, k, v = (x.tensors[n] for n in "qkv")
+    sizes = [q.shape[2], k.shape[2], v.shape[2], q.shape[3], v.shape[3]]
+    lay_out = lambda t: LAYOUTS[layout](t).detach().requires_grad_()
+    qkv = lay_out(torch.cat([t.flatten(2) for t in (q, k, v)], -1))
+    tensors = [lay_out(x.tensors[n]) if n in x.tensors else None for n in TENSORS[3:]]
+    o = x.options
+    rest = (o["cu_seqlens"], 1.0, o["forget"], o["activation"], o["norm"], 1e-3, "bfloat16", 4, "auto")
+    opcheck(torch.ops.m2rnn.fused_scan_packed.default, (qkv, sizes, *tensors, *rest))
+
+
 @pytest.mark.parametrize("case", ["layer", "shared heads", "packed"])
 def test_one_tensor_for_q_k_and_v(case: str) -> None:
-    """opcheck, and the bits of the op with three tensors."""
+    """The bits of the op with three tensors."""
     x = make_fused(**CASES[case])
     q, k, v = (x.tensors[n] for n in "qkv")
     qkv = torch.cat([t.flatten(2) for t in (q, k, v)], -1).requires_grad_()
@@ -69,7 +87,6 @@ def test_one_tensor_for_q_k_and_v(case: str) -> None:
     tensors = [x.tensors[n].requires_grad_() if n in x.tensors else None for n in TENSORS]
     o = x.options
     rest = (o["cu_seqlens"], 1.0, o["forget"], o["activation"], o["norm"], 1e-3, "float32", 64, "auto")
-    opcheck(torch.ops.m2rnn.fused_scan_packed.default, (qkv, sizes, *tensors[3:], *rest))
     one = torch.ops.m2rnn.fused_scan_packed(qkv, sizes, *tensors[3:], *rest)
     three = torch.ops.m2rnn.fused_scan(*tensors, *rest)
     assert torch.equal(one[0], three[0])
@@ -173,6 +190,59 @@ def test_errors_name_the_argument(change: dict, message: str) -> None:
     x = make_fused(**CASES["layer"])
     with pytest.raises(ValueError, match=message):
         m2rnn_fused(**{**x.tensors, **x.options, **change})
+
+
+def _jvp(f: Any, g: torch.Tensor) -> torch.Tensor:
+    tangent: torch.Tensor = torch.func.jvp(f, (g,), (g,))[1]
+    return tangent
+
+
+def _dual_level(f: Any, g: torch.Tensor) -> torch.Tensor | None:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(g, g))).tangent
+
+
+@pytest.mark.parametrize("forward_mode", [_jvp, _dual_level])
+@pytest.mark.parametrize("compiled", ["not", "outside", "inside"])
+def test_forward_mode_is_refused_and_gives_no_zero_tangents(forward_mode: Any, compiled: str) -> None:
+    """In eager mode, in a compiled function that differentiates, and around a function compiled before."""
+    x = make_fused(**CASES["layer"])
+    f = lambda g: m2rnn_fused(**{**x.tensors, "g": g}, **x.options)[0]
+    g = x.tensors["g"]
+    if compiled == "inside":
+        f = torch.compile(f, backend="aot_eager")
+        f(g)
+    run_it = partial(forward_mode, f)
+    if compiled == "outside":
+        run_it = torch.compile(lambda g: forward_mode(f, g), backend="aot_eager")
+    with pytest.raises(NotImplementedError, match="forward-mode differentiation"):
+        run_it(g)
+
+
+@pytest.mark.parametrize("trained", ["q", "D", "g", "norm_weight"])
+@pytest.mark.parametrize("case", ["layer", "shared heads"])
+def test_a_compiled_backward_without_checkpoints_fails_when_it_runs(case: str, trained: str) -> None:
+    """Not before, as it may never run, and not by a gradient that is silently absent."""
+    x = make_fused(**CASES[case])
+    tensors = [x.tensors.get(n) for n in TENSORS]
+    leaf = x.tensors[trained].requires_grad_()
+
+    def f(*tensors: torch.Tensor | None) -> torch.Tensor:
+        rest = (None, None, "decay", "silu", "all", 1e-5, "float32", 0, "auto")
+        o: torch.Tensor = torch.ops.m2rnn.fused_scan(*tensors, *rest)[0]
+        return o
+
+    o = torch.compile(f, backend="aot_eager")(*tensors)
+    torch.testing.assert_close(o, f(*tensors))
+    with pytest.raises(RuntimeError, match="chunk = 0"):
+        torch.autograd.grad(o.sum(), leaf)
+
+
+def test_compiled_vmap_is_refused_as_in_eager_mode() -> None:
+    x = make_fused(**CASES["layer"])
+    mapped = torch.vmap(lambda g: m2rnn_fused(**{**x.tensors, "g": g}, **x.options)[0])
+    with pytest.raises(NotImplementedError, match=r"torch\.vmap"):
+        torch.compile(mapped, backend="aot_eager")(x.tensors["g"][None])
 
 
 def test_what_it_cannot_do_is_said() -> None:

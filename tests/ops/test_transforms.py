@@ -17,7 +17,7 @@ from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from m2rnn_compile import m2rnn, m2rnn_step
+from m2rnn_compile import M2RNN, m2rnn, m2rnn_step
 from m2rnn_compile.ops import reference, registry
 from m2rnn_compile.testing import make_inputs
 from tests.ops.helpers import IMPLS, leaves
@@ -185,6 +185,53 @@ def test_compiled_forward_mode_is_refused() -> None:
     jvp = lambda v: torch.func.jvp(lambda v: m2rnn(q, k, v, f, W).y, (v,), (torch.ones_like(v),))
     with pytest.raises(NotImplementedError, match="forward-mode differentiation is not supported"):
         torch.compile(jvp, backend="eager")(v)
+
+
+def chunks_of(fn: Callable[..., Any], *args: Tensor) -> list[int]:
+    """The `chunk` of each scan in what Dynamo makes of `fn` in grad mode."""
+    seen: list[int] = []
+
+    def backend(gm: torch.fx.GraphModule, _: Any) -> Any:
+        seen.extend(n.args[8] for n in gm.graph.nodes if n.target is torch.ops.m2rnn.scan.default)
+        return gm.forward
+
+    torch.compile(fn, backend=backend, fullgraph=True)(*args)
+    return seen
+
+
+def test_compiled_code_keeps_checkpoints_only_where_a_gradient_may_be_asked_for() -> None:
+    """As eager code does: a frozen scan in grad mode keeps none."""
+    x = list(X.named_inputs().values())
+    f = lambda *args: m2rnn(*args).y
+    assert chunks_of(f, *x) == [0]
+    for i in range(len(x)):
+        torch._dynamo.reset()
+        assert chunks_of(f, *x[:i], x[i].clone().requires_grad_(), *x[i + 1 :]) == [64]
+    layer = M2RNN(24, num_heads=4, key_dim=8, value_dim=4)
+    assert chunks_of(layer, torch.randn(2, 9, 24)) == [64]
+    layer.requires_grad_(False)
+    assert chunks_of(layer, torch.randn(2, 9, 24)) == [0]
+    assert chunks_of(layer, torch.randn(2, 9, 24, requires_grad=True)) == [64]
+
+
+def test_gradients_go_through_a_compiled_vmap() -> None:
+    """Where a tensor hides what it requires, compiled code keeps the checkpoints as eager code does."""
+
+    def batched(*args: Tensor) -> Tensor:
+        one = lambda q, k, v, f: m2rnn(q[None], k[None], v[None], f[None], args[4], impl="eager").y[0].sin()
+        return torch.vmap(one)(*args[:4])
+
+    got, want = gradients(torch.compile(batched, backend="aot_eager", fullgraph=True)), gradients(batched)
+    assert same(got, want)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, lambda f: torch.vmap(torch.func.grad(f))])
+def test_compiled_func_grad_fails_aloud(transform: Callable[..., Any]) -> None:
+    """In torch's words: whether a tensor is tracked cannot be asked while tracing."""
+    loss = lambda q: m2rnn(q, X.k, X.v, X.f, X.W).y.sum()
+    q = X.q if transform is torch.func.grad else X.q[None]
+    with pytest.raises(Exception, match=r"autograd\.Function with functorch transforms"):
+        torch.compile(transform(loss), backend="aot_eager")(q)
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])

@@ -7,13 +7,17 @@ A part may stand before the scan as well as behind it; what counts is the stretc
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 
 from m2rnn_compile import enable_fusion, m2rnn
+from m2rnn_compile.lowering.inductor.rewrite import fuse
+from m2rnn_compile.ops import fusion_switch
 from tests.fusion.compiling import ON_CPU, Rewriting, fusion_on_cpu
 from tests.fusion.test_rewrite import B, K, N, T, V, scan, tensors
 
@@ -243,3 +247,58 @@ def test_autocast_that_ends_before_the_scan() -> None:
         return scan(t) * gate
 
     check(code, True, reason="an autocast region begins or ends")
+
+
+def test_inference_mode_that_ends_before_the_scan() -> None:
+    """What was made there cannot be saved for a backward, so the whole runs without one."""
+
+    def code(t: dict[str, Tensor]) -> Tensor:
+        with torch.inference_mode():
+            gate = F.silu(t["g"])
+        return scan(t) * gate
+
+    check(code, False, reason="an inference mode region begins or ends")
+
+
+def test_a_write_inside_of_a_checkpointed_function() -> None:
+    """The graph has one node for all of it, whose body is looked into."""
+
+    def inside(g: Tensor) -> Tensor:
+        return g.clone().add_(1)
+
+    def code(t: dict[str, Tensor]) -> Tensor:
+        gate = F.silu(t["g"])
+        more = torch.utils.checkpoint.checkpoint(inside, t["g"], use_reentrant=False)
+        return scan(t) * gate + more
+
+    check(code, True, reason="`tag_activation_checkpoint` writes in place")
+
+
+def test_a_cast_to_the_dtype_of_y_is_no_cast_of_y() -> None:
+    def code(t: dict[str, Tensor]) -> Tensor:
+        return t["g"].bfloat16().type_as(scan(t))
+
+    check(code, False, reason="`type_as` follows")
+
+
+class Lengths(torch.nn.Module):
+    """T is read off its input in front of a write, and used behind it."""
+
+    def forward(self, t: dict[str, Tensor]) -> Tensor:
+        length = t["g"].shape[1]
+        g = t["g"] * 1
+        g.mul_(2)
+        return scan(t).view(B, length, N * V) * F.silu(g.view(B, length, N * V))
+
+
+def test_a_size_that_was_read_in_front_of_a_write_is_no_obstacle() -> None:
+    t = {n: tensors()[n] for n in ("q", "k", "v", "x", "W", "g")}
+    dynamic = {n: {} if n == "W" else {1: torch.export.Dim("T")} for n in t}
+    with torch.no_grad():
+        module: Any = torch.export.export(Lengths(), (t,), dynamic_shapes=(dynamic,)).module()
+        names = [str(n.target) for n in module.graph.nodes]
+        assert names.index("aten.sym_size.int") < names.index("aten.mul_.Tensor")
+        (record,) = fuse(module.graph, fusion_switch.SETTINGS)
+        assert record.fused == ("sigmoid forget gate", "SiLU(g)"), record
+        module.recompile()
+        torch.testing.assert_close(module(t), Lengths()(t), atol=2e-5, rtol=1e-4)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def enable_fusion(
-    enabled: bool = True, *, devices: Sequence[str] = ("cuda",), prologue: bool = False, conv: bool = False
+    enabled: bool = True, *, devices: Sequence[str] = ("cuda",), prologue: bool = False, conv: bool = True
 ) -> FusionSettings:
     """Turn fusion of the scan with its surroundings under `torch.compile` on (the default) or off.
 
@@ -130,7 +130,8 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> FusionReport:
         TypeError: `model` is compiled already.
     """
     from .lowering.inductor import hook
-    from .lowering.inductor.normalize import SCAN, normalize
+    from .lowering.inductor.nodes import SCAN, scan_arguments
+    from .lowering.inductor.normalize import normalize
     from .lowering.inductor.rewrite import FusionRecord, fuse
 
     if isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or hasattr(model, "_torchdynamo_orig_callable"):
@@ -150,7 +151,9 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> FusionReport:
                 module.recompile()
             else:
                 scans = [n for n in module.graph.nodes if n.target is SCAN]
-                found.extend(FusionRecord(n.name, (), ("fusion is off",), "", "", n.args[8] != 0) for n in scans)
+                training = [scan_arguments(n).chunk != 0 for n in scans]
+                off = ("fusion is off",)
+                found.extend(FusionRecord(n.name, (), off, "", "", t) for n, t in zip(scans, training, strict=True))
         return gm.forward
 
     # A new code object each time: Dynamo keeps its compilations, and their limit, by code object.

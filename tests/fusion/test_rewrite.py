@@ -149,14 +149,13 @@ def state_used_first(t: dict[str, Tensor]) -> Tensor:
 
 
 UNFUSED: dict[str, tuple[Code, str]] = {
-    "in place": (in_place, "`add_` between the scan and the end of its tail writes in place"),
+    "in place": (in_place, "`add_` writes in place between what would move and where to"),
     "cycle": (depends_on_state, "depends on the scan's own result"),
     "y twice": (lambda t: (lambda y: y * F.silu(t["g"]) + y)(scan(t)), "y is used 2 times"),
     "D of time": (lambda t: scan(t) + t["D"][None, None].expand(B, T, N, V) * t["v"], "`add` follows"),
     "another v": (lambda t: scan(t) + t["D"] * (2 * t["v"]), "`add` follows"),
     "add with alpha": (lambda t: torch.add(scan(t), t["D"] * t["v"], alpha=2), "`add` follows"),
     "sum norm": (lambda t: (lambda o: o * torch.rsqrt(o.square().sum(-1, keepdim=True) + 1))(scan(t)), "used 2 times"),
-    "eps left to torch": (lambda t: F.rms_norm(scan(t), (V,)), "`rms_norm` follows"),
     "impl": (
         lambda t: m2rnn(t["q"], t["k"], t["v"], t["x"].sigmoid(), t["W"], impl="eager").y.relu(), "`relu` follows"
     ),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph
 
-SCAN = torch.ops.m2rnn.scan.default
+from .nodes import SCAN
 
 
 def normalize(graph: Graph) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from torch.fx import Graph, Node
 
 from ...ops.fusion_switch import FusionSettings
 from ...ops.library import name_of
-from .match import SCAN, Match, _mutation, match, name, value
+from ...ops.validation import check_fused
+from .match import Match, match
 from .match_conv import Conv, match_conv
+from .nodes import SCAN, is_check, label, name, scan_arguments, users, value
+from .obstacles import obstacle, writes
 
 FUSED_SCAN = torch.ops.m2rnn.fused_scan.default
 FUSED_SCAN_PACKED = torch.ops.m2rnn.fused_scan_packed.default
@@ -50,38 +54,54 @@ class FusionRecord:
 
 
 def fuse(graph: Graph, settings: FusionSettings) -> list[FusionRecord]:
-    """Rewrite every scan of the graph where that is possible and pays."""
-    functorch = any(name(n).endswith("_increment_nesting") for n in graph.nodes)  # torch.vmap, torch.func.grad, ...
-    records = []
+    """Rewrite every scan of the graph where that is possible and pays. What fails here leaves its scan opaque."""
+    functorch = any(label(n).endswith("_increment_nesting") for n in graph.nodes)  # torch.vmap, torch.func.grad, ...
+    records, failures = [], []
     for scan in [n for n in graph.nodes if n.op == "call_function" and n.target is SCAN]:
-        if functorch:
-            records.append(_record(scan, Match(scan), [], ["the graph holds torch.func transforms"]))
-        else:
-            records.append(_fuse_one(graph, scan, settings))
+        before = set(graph.nodes)
+        try:
+            if functorch:
+                records.append(_record(scan, Match(scan), [], ["the graph holds torch.func transforms"]))
+            else:
+                records.append(_fuse_one(graph, scan, settings))
+        except Exception as e:
+            for n in reversed(list(graph.nodes)):
+                if n not in before and not n.users:
+                    graph.erase_node(n)
+            reason = f"the rewrite failed with {type(e).__name__}: {e}"
+            failures.append(reason)
+            records.append(FusionRecord(scan.name, (), (reason,), "", "", training=scan_arguments(scan).chunk != 0))
+    if failures:
+        warnings.warn(
+            f"m2rnn: {len(failures)} of {len(records)} scans of a graph run unfused, as opaque ops, though right: "
+            f"{failures[0]}. Please report this; m2rnn_compile.enable_fusion(False) turns the rewrite off",
+            stacklevel=2,
+        )
     return records
 
 
 def _fuse_one(graph: Graph, scan: Node, settings: FusionSettings) -> FusionRecord:
     m = match(scan)
+    # Without a backward, one op can do all of it.
+    whole = settings.conv and m.qkv is not None and scan_arguments(scan).chunk == 0
+    if m.forget != "none" and not settings.prologue and not whole:
+        m = m.without_prologue(f"{m.prologue_parts()[0]}: one small pass either way, left to the compiler")
+    elif m.prologue_stopped:
+        m.prologue_stopped = f"forget gate: {m.prologue_stopped}"
     reason = _why_not(m, settings)
+    if reason is None:
+        m, reason = _without_obstacles(m)
     tail = m.tail_parts()
     if reason is not None:
         return _record(scan, m, [], [f"{', '.join(tail) or 'tail'}: {reason}"])
-    left, parts = [], list(tail)
+    left, parts = [], m.prologue_parts() + tail
     if m.stopped:
         left.append(f"behind the tail: {m.stopped}")
     conv: Conv | str = match_conv(m.qkv) if m.qkv is not None and settings.conv else ""
     if isinstance(conv, Conv):
         conv = _conv_why_not(conv) or conv
-    whole = settings.conv and m.qkv is not None and scan.args[8] == 0  # without a backward: one op for all of it
-    if m.forget == "none":
-        if m.prologue_stopped:
-            left.append(f"forget gate: {m.prologue_stopped}")
-    elif settings.prologue or whole:
-        parts = m.prologue_parts() + parts
-    else:
-        left.append(f"{m.prologue_parts()[0]}: one small pass either way, left to the compiler")
-        m = dataclasses.replace(m, forget="none", x_f=None, A_log=None, dt_bias=None)
+    if m.prologue_stopped:
+        left.append(m.prologue_stopped)
     if m.qkv is not None:
         parts.insert(0, "q | k | v as one tensor")
     if isinstance(conv, Conv):
@@ -100,6 +120,16 @@ def _fuse_one(graph: Graph, scan: Node, settings: FusionSettings) -> FusionRecor
     return record
 
 
+def _without_obstacles(m: Match) -> tuple[Match, str | None]:
+    """The match, without its forget gate if only that stands in the way, or the reason why there is nothing left."""
+    reason = m.obstacle()
+    if reason is not None and m.forget != "none":
+        rest = m.without_prologue(f"{m.prologue_parts()[0]}: {reason}")
+        if rest.obstacle() is None:
+            return rest, None
+    return m, reason
+
+
 def _conv_why_not(conv: Conv) -> str | None:
     """Why the kernel does not take this convolution, or None. Where there are no kernels, the op is plain torch."""
     x = value(conv.x)
@@ -114,11 +144,11 @@ def _why_not(m: Match, settings: FusionSettings) -> str | None:
     """Why this scan stays as it is, or None."""
     if m.last is None:
         return m.stopped or "nothing follows that could move into the op"
-    y = value(m.scan)[0]
-    device, (N, V), K = y.device.type, tuple(y.shape[2:]), value(m.scan.args[0]).shape[3]
+    y, given = value(m.scan)[0], scan_arguments(m.scan)
+    device, (N, V), K = y.device.type, tuple(y.shape[2:]), value(given.q).shape[3]
     out = value(m.last)
-    if m.scan.args[-1] not in ("auto", "triton", "eager", "cpp"):
-        return f"impl={m.scan.args[-1]!r}"
+    if given.impl not in ("auto", "triton", "eager", "cpp"):
+        return f"impl={given.impl!r}"
     if device not in settings.devices:
         return f"on {device} the compiler's own pass over the tail is as good; fusion is on for " + (
             ", ".join(settings.devices) or "no device"
@@ -135,7 +165,7 @@ def _cuda_why_not(m: Match, N: int, K: Any, V: int) -> str | None:
         from ..triton.fused import unsupported
     except ImportError as e:
         return f"Triton cannot be imported: {e}"
-    if m.scan.args[-1] == "eager":
+    if scan_arguments(m.scan).impl == "eager":
         return "impl='eager' runs the tail in torch"
     reason = unsupported(N, V, m.norm)
     if reason is not None:
@@ -146,7 +176,7 @@ def _cuda_why_not(m: Match, N: int, K: Any, V: int) -> str | None:
 
 
 def _record(scan: Node, m: Match, parts: list[str], left: list[str]) -> FusionRecord:
-    q, y = value(scan.args[0]), value(scan)
+    q, y = value(scan_arguments(scan).q), value(scan)
     sizes = zip("BTNKV", (*y[0].shape[:3], q.shape[3], y[0].shape[3]), strict=True) if isinstance(q, Tensor) else ()
     frames = re.findall(r'File "(.+?)", line (\d+)', scan.meta.get("stack_trace") or "")
     frames = [frame for frame in frames if "/m2rnn_compile/ops/" not in frame[0]] or frames
@@ -157,7 +187,7 @@ def _record(scan: Node, m: Match, parts: list[str], left: list[str]) -> FusionRe
         left=tuple(left),
         where=where,
         shapes=", ".join(f"{n}={size}" for n, size in sizes),
-        training=scan.args[8] != 0,
+        training=scan_arguments(scan).chunk != 0,
     )
 
 
@@ -195,8 +225,8 @@ def _heads_of(graph: Graph, g: Node | None, V: int) -> Node | None:
 def _out_dtype(last: Node, v: Tensor) -> torch.dtype:
     """The dtype of what is replaced; or v's, where under autocast every user casts to it anyway."""
     out: torch.dtype = value(last).dtype
-    casts = [u for u in last.users if name(u) in ("linear", "matmul", "mm")]
-    if out != v.dtype and len(casts) == len(last.users) > 0:
+    casts = [u for u in users(last) if name(u) in ("linear", "matmul", "mm")]
+    if out != v.dtype and len(casts) == len(users(last)) > 0:
         if all(isinstance(value(u), Tensor) and value(u).dtype == v.dtype for u in casts):
             return v.dtype
     return out
@@ -205,7 +235,7 @@ def _out_dtype(last: Node, v: Tensor) -> torch.dtype:
 def _replace(graph: Graph, m: Match) -> Node:
     assert m.last is not None
     scan, last = m.scan, m.last
-    q, k, v, f, W, initial_state, cu_seqlens, clip, chunk, impl = scan.args
+    q, k, v, f, W, initial_state, cu_seqlens, clip, chunk, impl = scan_arguments(scan)
     fakes = value(scan)
     y, N, V = fakes[0], fakes[0].shape[2], fakes[0].shape[3]
     flat = len(value(last).shape) == 3
@@ -217,6 +247,9 @@ def _replace(graph: Graph, m: Match) -> Node:
             f if m.x_f is None else m.x_f, W, m.A_log, m.dt_bias, D, g, weight, initial_state, cu_seqlens,
             clip, m.forget, m.activation, m.norm, m.norm_eps, name_of(dtype), chunk, impl,
         )  # fmt: skip
+        # What it would refuse when it runs, it refuses here, where the graph is still whole. The scan has its clip.
+        fakes_of: Any = [value(x) if isinstance(x, Node) else x for x in (q, k, v, *rest[:9], None, *rest[10:14])]
+        check_fused(*fakes_of)
         if m.qkv is None:
             fused = graph.call_function(FUSED_SCAN, (q, k, v, *rest))
         else:
@@ -225,11 +258,13 @@ def _replace(graph: Graph, m: Match) -> Node:
         o_fake = y.new_empty(y.shape, dtype=dtype)
         fused.meta = dict(scan.meta)
         fused.meta["example_value"] = (o_fake, fakes[1], y, y.new_empty(0, dtype=fakes[1].dtype), fakes[2])
-        outputs = {}
+        outputs: dict[Any, Node] = {}
         for old, new in ((0, 0), (1, 1), (2, 4)):
             outputs[old] = graph.call_function(operator.getitem, (fused, new))
             outputs[old].meta["example_value"] = fused.meta["example_value"][new]
         o = _call(graph, outputs[0], "flatten", -2) if flat else outputs[0]
+    for check in [u for u in last.users if is_check(u)]:  # of a dtype and strides that o need not have
+        graph.erase_node(check)
     last.replace_all_uses_with(o)
     for user in list(scan.users):
         user.replace_all_uses_with(outputs[user.args[1]]) if user.args[1] != 0 else None
@@ -239,15 +274,8 @@ def _replace(graph: Graph, m: Match) -> Node:
 
 
 def _can_absorb(conv: Conv, fused: Node) -> bool:
-    """Whether nothing but the op wants the convolution's result, and nothing writes between the two."""
-    n = conv.last
-    if set(n.users) != {fused}:
-        return False
-    while n is not fused:
-        n = n.next
-        if _mutation(n) is not None:
-            return False
-    return True
+    """Whether nothing but the op wants the convolution's result, and nothing between the two stands in the way."""
+    return users(conv.last) == [fused] and obstacle({conv.last}, fused) is None
 
 
 def _replace_whole(graph: Graph, fused: Node, conv: Conv | None) -> None:
@@ -304,14 +332,18 @@ def _erase_dead(graph: Graph, n: Node) -> None:
     todo = [n]
     while todo:
         top = todo.pop()
-        if top.users or top.op in ("placeholder", "output", "get_attr") or top._erased:
+        if users(top) or top.op in ("placeholder", "output", "get_attr") or top._erased or writes(top) is not None:
             continue
+        for check in list(top.users):
+            graph.erase_node(check)
         inputs = list(top.all_input_nodes)
         graph.erase_node(top)
         todo += inputs
-    for getter in [x for x in graph.nodes if x.target is operator.getitem and not x.users]:
+    for getter in [x for x in graph.nodes if x.target is operator.getitem and not users(x)]:
         source = getter.args[0]
         if isinstance(source, Node) and source.target in (SCAN, FUSED_SCAN, FUSED_SCAN_PACKED):
+            for check in list(getter.users):
+                graph.erase_node(check)
             graph.erase_node(getter)
             if source.target is SCAN and not source.users:
                 _erase_dead(graph, source)

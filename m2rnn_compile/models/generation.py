@@ -128,7 +128,7 @@ def stream(
                 "stream: `attention_mask` must be False on padding at the left of each row and True from there to the "
                 "end, but a row ends in padding or has a gap; see left_pad"
             )
-    call = forward or model
+    call = model if forward is None else forward
     cache = model.init_cache(B, device=prompt.device)
     done = torch.zeros(B, dtype=torch.bool, device=prompt.device)
     # inference_mode is entered around each call, not around the yields: the consumer's code runs outside of it.

@@ -62,6 +62,14 @@ def test_greedy_equals_uncached_argmax(prefill_chunk):
     assert len(set(expected[0, 7:].tolist())) > 3, "a degenerate continuation would prove little"
 
 
+def test_a_compiled_model_generates_the_same_tokens():
+    """As the docstring of `stream` shows it: what torch.compile makes of a module has no truth value of its own."""
+    model, prompt = make_model(), torch.randint(0, 256, (2, 7))
+    compiled = torch.compile(model, backend="eager")
+    got = generate(model, prompt, max_new_tokens=3, forward=compiled)
+    assert torch.equal(got, generate(model, prompt, max_new_tokens=3))
+
+
 def test_left_padded_batch_equals_each_prompt_alone():
     model = make_model()
     prompts = [torch.randint(0, 256, (n,)) for n in (9, 4, 1)]

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from m2rnn_compile.layers import select_rows
-from m2rnn_compile.models import generate, miniature, preset, stream
-from m2rnn_compile.models.generation import left_pad, sample
+from m2rnn_compile.models import generate, left_pad, miniature, preset, sample, stream
 from tests.models.helpers import make_model
 
 
@@ -135,6 +134,25 @@ def test_sampling_filters():
     # five standard deviations of a frequency over 2000 draws
     assert (drawn - torch.tensor([0.5, 0.3, 0.15, 0.05])).abs().max() < 5 * 0.5 / 2000**0.5
     assert sample(logits).eq(0).all()
+
+
+def test_top_k_keeps_exactly_k_of_equally_likely_tokens():
+    """An untrained or a bf16 model often has ties: k stays the bound that was asked for."""
+    logits = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]]).expand(2000, 5)
+    g = torch.Generator().manual_seed(0)
+    for k in (1, 2, 4):
+        drawn = set(sample(logits, temperature=1, top_k=k, generator=g).tolist())
+        assert len(drawn) == k
+        assert drawn <= ({1, 2, 3} if k < 4 else {0, 1, 2, 3})
+
+
+def test_a_temperature_is_zero_or_a_number_that_fp32_can_divide_by():
+    logits = torch.tensor([[3e3, -3e3, float("-inf"), 2e3]])
+    for good in (0, 1.2e-38, 1e-30, 1e30):
+        assert int(sample(logits, temperature=good)) in ({0} if good < 1 else {0, 1, 3})
+    for bad in (float("nan"), float("inf"), 1e-320, -1e-320):
+        with pytest.raises(ValueError, match=f"`temperature` must be 0 .greedy. or .* got {bad}"):
+            sample(logits, temperature=bad)
 
 
 def test_errors():

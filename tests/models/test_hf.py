@@ -10,8 +10,7 @@ pytest.importorskip("transformers", reason="needs transformers; pip install 'm2r
 import transformers
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from m2rnn_compile.models import HybridLM, generate, miniature, preset
-from m2rnn_compile.models.generation import left_pad
+from m2rnn_compile.models import HybridLM, generate, left_pad, miniature, preset
 from m2rnn_compile.models.hf import M2RNNHybridConfig, M2RNNHybridForCausalLM, from_hybrid
 from m2rnn_compile.models.weights import load_model, save_model
 from tests.layers.equations import assert_same

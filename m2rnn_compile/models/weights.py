@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import CheckpointError, _faults, _safetensors
+from .checkpoint import CheckpointError, _fault, _faults, _safetensors
 from .config import LMConfig
 from .lm import HybridLM
 
@@ -118,9 +118,9 @@ def save_weights(
             record = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (root / INDEX).write_text(json.dumps(record, indent=1))
         return [root / name for name in names]
-    except OSError as error:
+    except (OSError, st.SafetensorError) as error:
         raise CheckpointError(
-            f"cannot write weights to {str(root)!r}: {error.strerror or error}; free space or choose another folder"
+            f"cannot write weights to {str(root)!r}: {_fault(error)}; free space or choose another folder"
         ) from error
     finally:
         for path, _ in partial:

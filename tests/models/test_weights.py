@@ -21,6 +21,7 @@ from m2rnn_compile.models.lm_engine import (
     save_released,
 )
 from m2rnn_compile.models.weights import WeightFiles, load_model, load_weights, save_model, save_weights
+from tests.models.helpers import largest_file
 
 DENSE = dataclasses.replace(miniature(preset("hybrid-gated-deltanet+1-410m")), pattern="MGA2RU")
 DENSE = dataclasses.replace(
@@ -190,6 +191,10 @@ def test_a_failed_write_leaves_no_litter(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match="cannot write weights"):
         save_weights({"x": torch.zeros(1)}, tmp_path / "file")
+    shards = {"small": torch.zeros(100), "large": torch.zeros(10_000)}
+    with largest_file(10_000), pytest.raises(CheckpointError, match=r"cannot write weights.*File too large.*free space"):
+        save_weights(shards, tmp_path / "out", max_shard_bytes=400)  # safetensors raises what is no OSError
+    assert not list((tmp_path / "out").iterdir())
 
     def broken():
         yield "a", torch.zeros(100)

@@ -40,6 +40,12 @@ class WeightFiles:
             listed = _read_json(self.path / INDEX).get("weight_map")
             if not isinstance(listed, dict):
                 raise CheckpointError(f"{str(self.path / INDEX)!r} holds no `weight_map`; fetch the file again")
+            for name, file in listed.items():
+                if not isinstance(file, str):
+                    raise CheckpointError(
+                        f"{str(self.path / INDEX)!r} has in its `weight_map`, in a file's place, {name!r}: {file!r}; "
+                        "fetch the file again"
+                    )
             files = [self.path / name for name in sorted(set(listed.values()))]
         elif (self.path / SINGLE).exists():
             files = [self.path / SINGLE]

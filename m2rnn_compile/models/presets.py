@@ -95,6 +95,8 @@ def miniature(config: LMConfig, *, layers: int | None = None, hidden_size: int =
 
 def _miniature_m2rnn(config: M2RNNConfig, num_heads: int) -> M2RNNConfig:
     """Heads shared by all stay one, those that every head has for itself as many as heads; in between, two."""
-    counts: dict[str, Any] = {name: getattr(config, name) for name in (f"num_{kind}_heads" for kind in "qkvfgw")}
-    few = {n: c if c in (None, 1) else num_heads if c == config.num_heads else 2 for n, c in counts.items()}
+    counts = {name: getattr(config, name) for name in (f"num_{kind}_heads" for kind in "qkvfgw")}
+    few: dict[str, Any] = {
+        n: c if c in (None, 1) else num_heads if c == config.num_heads else 2 for n, c in counts.items()
+    }
     return dataclasses.replace(config, num_heads=num_heads, key_dim=16, value_dim=8, **few)

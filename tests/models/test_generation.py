@@ -8,6 +8,7 @@ import torch
 
 from m2rnn_compile.layers import select_rows
 from m2rnn_compile.models import generate, left_pad, miniature, preset, sample, stream
+from tests.layers.equations import assert_same
 from tests.models.helpers import make_model
 
 
@@ -67,6 +68,31 @@ def test_a_compiled_model_generates_the_same_tokens():
     compiled = torch.compile(model, backend="eager")
     got = generate(model, prompt, max_new_tokens=3, forward=compiled)
     assert torch.equal(got, generate(model, prompt, max_new_tokens=3))
+
+
+@pytest.mark.parametrize("T", [1, 7])
+def test_a_prefill_without_padding_attends_as_the_uncached_forward_does(monkeypatch, T):
+    """Causal attention needs no [B, 1, T, T] mask while the cache is empty: SDPA's own causal path does."""
+    model, prompt = make_model(), torch.randint(0, 256, (2, T))
+    masks = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, attn_mask, is_causal, **options):
+        masks.append((attn_mask, is_causal))
+        return attend(*args, attn_mask=attn_mask, is_causal=is_causal, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    with torch.no_grad():
+        expected = model(prompt)
+        logits, cache = model(prompt, cache=model.init_cache(2))
+        assert masks == [(None, True)] * 2
+        assert_same(logits, expected)
+        token = torch.randint(0, 256, (2, 1))
+        again, _ = model(token, cache=cache)
+        assert masks[-1][0].shape == (2, 1, 1, T + 1)
+        assert_same(again, model(torch.cat([prompt, token], 1))[:, -1:])
+        _, cache = model(prompt, cache=model.init_cache(2), attention_mask=torch.ones(2, T))
+        assert masks[-1][0].shape == (2, 1, T, T)
 
 
 def test_left_padded_batch_equals_each_prompt_alone():

@@ -182,9 +182,21 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, data
         if step.step == 3:
             torch.nn.init.constant_(trainer.model.transformer.ln_f.weight, float("nan"))
 
-    with pytest.raises(TrainingError, match="step 4: loss nan"):
+    with pytest.raises(
+        TrainingError, match=r"step 4: loss nan.*checkpoints in '.*run/checkpoints' are from before; st"
+    ):
         trainer.run(poison)
     assert checkpoint.list_steps(tmp_path / "run" / "checkpoints") == [2]
+
+
+def test_a_loss_that_is_not_finite_before_the_first_checkpoint_names_none(tmp_path, data):
+    trainer = Trainer(CONFIG, TRAIN, data, tmp_path / "run")
+    torch.nn.init.constant_(trainer.model.transformer.ln_f.weight, float("nan"))
+    with pytest.raises(
+        TrainingError, match=r"step 1: loss nan.*no checkpoint yet; start afresh with a lower"
+    ) as caught:
+        trainer.run()
+    assert str(tmp_path) not in str(caught.value)
 
 
 # -- damaged checkpoints -----------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def _resumed(args: argparse.Namespace, out: Path) -> dict[str, Any]:
         given = getattr(args, name)
         if name == "data" and given is not None:
             given = [str(Path(p).resolve()) for p in given]
-        if given not in (None, False) and given != options[name]:
+        if given is not None and given is not False and given != options[name]:  # seed 0 is given, and equals False
             option = "--" + name.replace("_", "-")
             raise UserError(
                 f"{option} {given} cannot be combined with --resume: the run was started with {options[name]}; leave "

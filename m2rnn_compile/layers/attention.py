@@ -153,7 +153,9 @@ class Attention(SequenceMixer):
             bounds = cu_seqlens.to(torch.int32)
             varlen, causal = self._varlen
             return self.c_proj(varlen(q[0], k[0], v[0], bounds, bounds, T, T, **causal).flatten(1)[None])
-        mask = self._mask(T, past, x.device, cu_seqlens, attention_mask if new_cache is None else new_cache.mask)
+        # Before the first token the cache knows of no padding: a prefill without any is plain causal attention.
+        known = attention_mask if new_cache is None or past == 0 else new_cache.mask
+        mask = self._mask(T, past, x.device, cu_seqlens, known)
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),

@@ -15,7 +15,7 @@ from .config import (
     MoEConfig,
     VectorRNNConfig,
 )
-from .generation import generate, stream
+from .generation import generate, left_pad, sample, stream
 from .lm import HybridLM
 from .mixers import MIXERS, build_mixer
 from .pattern import expand
@@ -40,8 +40,10 @@ __all__ = [
     "build_mixer",
     "expand",
     "generate",
+    "left_pad",
     "miniature",
     "preset",
+    "sample",
     "statistics",
     "stream",
     "swap_layer",

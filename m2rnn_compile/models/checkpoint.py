@@ -109,10 +109,10 @@ def save(
         _fsync(Path(root))
     except BaseException as error:  # a second Ctrl-C too leaves nothing half written behind
         shutil.rmtree(partial, ignore_errors=True)
-        if not isinstance(error, OSError):
+        if not isinstance(error, (OSError, st.SafetensorError)):
             raise
         raise CheckpointError(
-            f"cannot write checkpoint {str(target)!r}: {error.strerror or error}; free space or choose another folder"
+            f"cannot write checkpoint {str(target)!r}: {_fault(error)}; free space or choose another folder"
         ) from error
     for old in list_steps(root)[:-keep]:
         shutil.rmtree(step_folder(root, old), ignore_errors=True)
@@ -221,6 +221,11 @@ def restore_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch
                 counter_on_cpu = x.dim() == 0 and not (group.get("fused") or group.get("capturable"))
                 restored[key] = x.clone() if counter_on_cpu else x.to(p.device, copy=True)
             optimizer.state[p] = restored
+
+
+def _fault(error: BaseException) -> str:
+    """What the system says; safetensors' own error, which is no OSError, has it in its text."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _faults(own: dict[str, Tensor], stored: dict[str, Tensor]) -> str:

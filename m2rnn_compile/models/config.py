@@ -6,6 +6,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from .pattern import resolve
+
 
 @dataclasses.dataclass(frozen=True)
 class M2RNNConfig:
@@ -96,8 +98,8 @@ class LMConfig:
     Attributes:
         vocab_size: 256 for bytes.
         hidden_size: width of the residual stream.
-        pattern: one letter a layer, e.g. "MMMMAMMM"; see `models.MIXERS` for the letters and `pattern.expand` for rules
-            such as "24G, A every 8 from 4, M at 0".
+        pattern: one letter a layer, e.g. "MMMMAMMM" (see `models.MIXERS`); or a rule with a comma or a star, such as
+            "24G, A every 8 from 4, M at 0" or "24*G" (see `pattern.expand`), which is expanded at once.
         mlp_size: width of each half of the SwiGLU; not used (0) with `moe`.
         moe: a mixture of experts instead of the SwiGLU, in every layer.
         m2rnn, attention, gated_deltanet, mamba2, vector_rnn, gru: of every layer with that letter.
@@ -124,6 +126,7 @@ class LMConfig:
                 raise ValueError(f"LMConfig: `{name}` must be at least 1, got {getattr(self, name)}")
         if not self.pattern:
             raise ValueError('LMConfig: `pattern` must name at least one layer, got ""; for example "MMMA"')
+        object.__setattr__(self, "pattern", resolve(self.pattern))  # the dataclass is frozen
 
     @property
     def num_layers(self) -> int:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .data import SEPARATOR, DataError, Skipped, _read_text, _unit_hash, _walk
+from .data import SEPARATOR, DataError, Skipped, _read_text, _unit_hash, _walk, name_bytes, printable
 
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # looked for, in this order
 
@@ -50,7 +52,9 @@ def load_corpus(
     """Read and tokenise documents, one a file.
 
     A file that is named must be usable; below a folder, files that are not text are passed over and listed. Which
-    documents are held out depends on the hash of their name only. A single document is cut: its end is held out.
+    documents are held out depends on the hash of their name only. A single document is cut: its end is held out. The
+    name is the last part of the given path and what lies below it; where two would be equal (``p1/src p2/src``), the
+    folders above are added to both, as many as are needed.
 
     Args:
         paths: files and folders (read recursively, in sorted order; hidden files and links are passed over).
@@ -59,13 +63,14 @@ def load_corpus(
         held_out_fraction: share of the documents (or of the single document's bytes).
 
     Raises:
-        DataError (a ValueError): a path is missing, empty, binary or unreadable; nothing usable is left; or the
-            tokenizer cannot be used. The message names the path, the fault and the way out.
+        DataError (a ValueError): a path is missing, empty, binary, unreadable, not a regular file or named twice;
+            nothing usable is left; or the tokenizer cannot be used. The message names the path, the fault and the way
+            out.
     """
     documents, skipped = _collect(paths)
     digest = hashlib.sha256()
     for name, content in documents.items():
-        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+        digest.update(name_bytes(name) + f"\0{len(content)}\0".encode() + content)
     train, held_out = _split(documents, held_out_fraction)
     encode: Callable[[list[bytes]], list[Any]]
     if tokenizer is None:
@@ -96,32 +101,58 @@ def load_corpus(
 def _collect(paths: Sequence[str | Path]) -> tuple[dict[str, bytes], list[Skipped]]:
     if not paths:
         raise DataError("no data: name at least one text file, or a folder of them")
-    documents: dict[str, bytes] = {}
+    found: list[tuple[int, str, bytes | str]] = []  # (which path, what follows it in the name, content or reason)
     skipped: list[Skipped] = []
-    for path in map(Path, paths):
+    known: set[Path] = set()
+    for i, path in enumerate(map(Path, paths)):
         if not path.exists():
             raise DataError(f"data path {str(path)!r} does not exist; give text files, or folders of them")
-        if path.is_dir():
-            files = list(_walk(path, frozenset(), skipped))
-            names = {file: f"{path.name}/{file.relative_to(path).as_posix()}" for file in files}
-        else:
-            names = {path: path.name}
-        for file, name in names.items():
+        if not path.is_dir() and not path.is_file():  # a pipe would be waited for, a device has no end
+            raise DataError(
+                f"data path {str(path)!r} is neither a regular file nor a folder; give text files, or folders of them"
+            )
+        root = path.resolve()
+        for file in _walk(path, frozenset(), skipped) if path.is_dir() else [path]:
+            below = file.relative_to(path)
+            if root / below in known:
+                raise DataError(f"data file {str(file)!r} was named twice, by itself or in a folder; name it once")
+            known.add(root / below)
             content = _read_text(file)
-            if isinstance(content, bytes):
-                if documents.setdefault(name, content) is not content:
-                    raise DataError(f"data path {str(file)!r} was named twice (as {name!r}); name it once")
-            elif path.is_dir():
-                skipped.append(Skipped(name, content))
-            else:
+            if isinstance(content, str) and not path.is_dir():
                 raise DataError(
                     f"data file {str(file)!r} cannot be used: {content}; give UTF-8 text, or a folder, in which such "
                     "files are passed over"
                 )
+            found.append((i, below.as_posix(), content))
+    name = _naming([os.path.abspath(p) for p in paths], [f[:2] for f in found if isinstance(f[2], bytes)])
+    documents = {name(i, below): text for i, below, text in found if isinstance(text, bytes)}
+    skipped += [Skipped(printable(name(i, below)), reason) for i, below, reason in found if isinstance(reason, str)]
     if not documents:
         seen = ", ".join(f"{s.path} ({s.reason})" for s in skipped[:5]) or "the folders are empty"
         raise DataError(f"no usable text in {', '.join(repr(str(p)) for p in paths)}: {seen}; give other files")
     return documents, skipped
+
+
+def _naming(paths: list[str], files: list[tuple[int, str]]) -> Callable[[int, str], str]:
+    """How files are called: by the last part of the path they came by, or as many as tell each from the others.
+
+    Args:
+        paths: absolute.
+        files: those that must differ: (index of the path, what lies below it, or "."), none twice.
+    """
+    parts = [Path(p).parts[1:] for p in paths]
+    kept = [1] * len(paths)
+
+    def name(i: int, below: str) -> str:
+        return Path(*parts[i][-kept[i] :], below).as_posix()
+
+    while True:
+        count = Counter(name(i, below) for i, below in files)
+        longer = {i for i, below in files if count[name(i, below)] > 1 and kept[i] < len(parts[i])}
+        if not longer:
+            return name
+        for i in longer:
+            kept[i] += 1
 
 
 def _split(documents: dict[str, bytes], fraction: float) -> tuple[dict[str, bytes], dict[str, bytes]]:

@@ -22,7 +22,7 @@ class DataError(ValueError):
 
 
 class Skipped(NamedTuple):
-    """A file that was not used, and why."""
+    """A file that was not used (its name as it can be printed), and why."""
 
     path: str
     reason: str
@@ -90,7 +90,7 @@ def load_folder(
             continue
         content = _read_text(path)
         if isinstance(content, str):
-            skipped.append(Skipped(name, content))
+            skipped.append(Skipped(printable(name), content))
         else:
             documents[name] = content
     if len(documents) < 2:
@@ -112,7 +112,7 @@ def load_folder(
     digest = hashlib.sha256()
     for part in (train, held_out):
         for name in part:
-            digest.update(f"{name}\0{len(documents[name])}\0".encode())
+            digest.update(name_bytes(name) + f"\0{len(documents[name])}\0".encode())
             digest.update(documents[name])
         digest.update(b"|")
     return ByteData(
@@ -129,7 +129,7 @@ def _walk(root: Path, exclude: frozenset[str], skipped: list[Skipped]) -> Iterab
     def refused(error: OSError) -> None:
         if Path(error.filename or root) == root:
             raise DataError(f"data folder {str(root)!r} cannot be read: {error.strerror}; check its permissions")
-        skipped.append(Skipped(str(error.filename), f"unreadable folder: {error.strerror}"))
+        skipped.append(Skipped(printable(str(error.filename)), f"unreadable folder: {error.strerror}"))
 
     for folder, folders, files in os.walk(root, onerror=refused):
         top = Path(folder) == root
@@ -159,8 +159,18 @@ def _read_text(path: Path) -> bytes | str:
     return content
 
 
+def name_bytes(name: str) -> bytes:
+    """The bytes of a file's name: Python holds those that are not UTF-8 as lone surrogates, which do not encode."""
+    return name.encode("utf-8", "surrogateescape")
+
+
+def printable(name: str) -> str:
+    r"""A file's name as any terminal takes it, bytes that are not UTF-8 as ``\xe9``."""
+    return name_bytes(name).decode("utf-8", "backslashreplace")
+
+
 def _unit_hash(name: str) -> float:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    return int.from_bytes(hashlib.sha256(name_bytes(name)).digest()[:8], "big") / 2**64
 
 
 def _first_files(names: list[str], documents: dict[str, bytes], limit: int) -> list[str]:

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .lm import HybridLM
+
+SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
 
 
 def left_pad(prompts: Sequence[Tensor], pad_id: int = 0) -> tuple[Tensor, Tensor]:
@@ -49,8 +52,8 @@ def sample(
 
     Args:
         logits: ``[B, vocab]``.
-        temperature: 0 takes the most likely token.
-        top_k: draw among the k most likely only.
+        temperature: 0 takes the most likely token; else at least the smallest normal number of fp32.
+        top_k: draw among the k most likely only; of equally likely ones, as many as fit into k.
         top_p: draw among the fewest most likely tokens whose probabilities add up to at least p.
         generator: source of randomness, on the logits' device.
 
@@ -60,17 +63,23 @@ def sample(
     Raises:
         ValueError: options out of range.
     """
-    if temperature < 0:
-        raise ValueError(f"sample: `temperature` must be >= 0, got {temperature}; 0 is greedy")
+    if not (temperature == 0 or SMALLEST_TEMPERATURE <= temperature < math.inf):  # false for NaN
+        raise ValueError(
+            f"sample: `temperature` must be 0 (greedy) or a finite number of at least {SMALLEST_TEMPERATURE:.3g}, the "
+            f"smallest of fp32, got {temperature}"
+        )
     if top_k is not None and top_k < 1:
         raise ValueError(f"sample: `top_k` must be at least 1, got {top_k}; None keeps all tokens")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"sample: `top_p` must be in (0, 1], got {top_p}; None keeps all tokens")
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    # From the largest down: dividing by a small temperature overflows towards -inf only, which is a probability of 0.
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], float("-inf"))
+        kept = logits.topk(top_k)
+        logits = torch.full_like(logits, float("-inf")).scatter(-1, kept.indices, kept.values)
     if top_p is not None:
         ordered, order = logits.softmax(-1).sort(-1, descending=True)
         drop = ordered.cumsum(-1) - ordered >= top_p  # the mass before a token: the first one always stays
@@ -128,7 +137,7 @@ def stream(
                 "stream: `attention_mask` must be False on padding at the left of each row and True from there to the "
                 "end, but a row ends in padding or has a gap; see left_pad"
             )
-    call = forward or model
+    call = model if forward is None else forward
     cache = model.init_cache(B, device=prompt.device)
     done = torch.zeros(B, dtype=torch.bool, device=prompt.device)
     # inference_mode is entered around each call, not around the yields: the consumer's code runs outside of it.

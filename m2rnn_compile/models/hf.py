@@ -110,6 +110,28 @@ class HybridCache:
         return 0 if self.layers is None else len(self.layers)
 
 
+class _SharedLM(HybridLM):
+    """A `HybridLM` whose config is also written into the one that transformers stores.
+
+    Whatever changes it (a swapped layer, a larger vocabulary), a saved folder says what its weights are.
+    """
+
+    _stored: M2RNNHybridConfig
+
+    def __init__(self, stored: M2RNNHybridConfig) -> None:
+        object.__setattr__(self, "_stored", stored)  # needed by the setter, which runs before there is a Module
+        super().__init__(stored.lm_config)
+
+    @property
+    def config(self) -> LMConfig:
+        return self._config
+
+    @config.setter
+    def config(self, value: LMConfig) -> None:
+        self._config = value
+        self._stored.lm = value.to_dict()
+
+
 class M2RNNHybridForCausalLM(PreTrainedModel, GenerationMixin):
     """`HybridLM` for transformers: `generate`, `save_pretrained`, `from_pretrained`, and a loss from `labels`.
 
@@ -125,7 +147,7 @@ class M2RNNHybridForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: M2RNNHybridConfig) -> None:
         super().__init__(config)
-        lm = HybridLM(config.lm_config)
+        lm = _SharedLM(config)
         self.transformer = lm.transformer  # so that tensors are called transformer....
         object.__setattr__(self, "_lm", lm)  # not a submodule of its own: it shares the trunk
         self.post_init()
@@ -189,7 +211,7 @@ class M2RNNHybridForCausalLM(PreTrainedModel, GenerationMixin):
         if past_key_values is not None and past_key_values.layers is not None:
             layers = past_key_values.layers
         mask = None
-        if attention_mask is not None and not (layers is not None and T == 1):
+        if attention_mask is not None:
             mask = attention_mask[:, -T:].to(torch.bool)
             if not torch.compiler.is_compiling() and bool(mask.all()):
                 mask = None

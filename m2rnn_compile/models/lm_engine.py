@@ -34,7 +34,8 @@ from .config import (
 from .lm import HybridLM
 from .weights import CONFIG, MODEL_TYPE, WeightFiles, load_weights, read_config, save_weights, write_config
 
-# Ours -> theirs, by letter; what is not listed has no counterpart here and must have the value in _FIXED.
+# Ours -> theirs, by letter; what has no counterpart here must have the value in _FIXED (written too) or _DEFAULT, the
+# number of heads (_SAME), or say nothing about what a trained model computes (_FREE). Other options are not known.
 _MIXER_TYPES = {"M": "m2rnn", "G": "gated_deltanet", "A": "softmax_attention", "2": "mamba2", "R": "rnn", "U": "gru"}
 _FIELDS: dict[str, dict[str, str]] = {
     "M": dict(
@@ -87,8 +88,41 @@ _FIXED: dict[str, dict[str, Any]] = {
     ),
     "2": dict(activation_function="silu", add_bias=False, use_conv_bias=True, normalization_function="rmsnorm"),
     "R": dict(activation_function="silu", add_bias=False, normalization_function="rmsnorm"),
-    "U": dict(activation_function="silu", add_bias=False, normalization_function="rmsnorm"),
+    "U": dict(activation_function="silu", add_bias=False, normalization_function="rmsnorm", gradient_clipping=None),
 }
+_DEFAULT: dict[str, dict[str, Any]] = {
+    "A": dict(attention_multiplier_method="1 / sqrt(head_dim)"),
+    "2": dict(time_step_limit=[0, float("inf")]),
+}
+_SAME: dict[str, tuple[str, ...]] = {
+    "G": ("num_k_heads",),
+    "R": ("num_input_heads",),
+    "U": (
+        *(f"num_{kind}_heads" for kind in ("input", "forget_input", "reset_input")),
+        *(f"num_{kind}_heads" for kind in ("forget_weight", "reset_weight")),
+    ),
+}
+_DECAY_STARTS = ("A_init_min", "A_init_max", "dt_init_min", "dt_init_max", "dt_init_floor")
+_FREE = {"M": _DECAY_STARTS, "G": _DECAY_STARTS, "2": (*_DECAY_STARTS, "chunk_size")}
+_MLP_FIXED: dict[str, dict[str, Any]] = {
+    "MLP": dict(activation_function="swiglu", add_bias=False, dropout=0),
+    "MoE": dict(activation_function="swiglu", add_bias=False, dropout=0, shared_expert_gating=False),
+}
+_MLP_FIELDS = {
+    "MLP": {"mlp_type", "intermediate_size", "use_interleaved_weights"},
+    "MoE": {"num_experts", "num_experts_per_tok", "shared_intermediate_size", "normalized_topk"}
+    | {"mlp_type", "intermediate_size", "use_interleaved_weights", "use_interleaved_weights_for_shared_experts"},
+}
+_OF_MODEL: dict[str, Any] = dict(
+    model_type="gpt_base",
+    normalization_function="rmsnorm",
+    embedding_dropout=0,
+    m_emb=(None, 1),
+    m_width=(None, 1),
+    m_residual=(None, 1),
+    tie_word_embeddings=True,
+    position_embedding_type=("rope", "nope"),
+)
 _KINDS: dict[str, Any] = {
     "M": ("m2rnn", M2RNNConfig),
     "G": ("gated_deltanet", GatedDeltaNetConfig),
@@ -132,7 +166,10 @@ def load_released(
     if record.get("model_type") == MODEL_TYPE:
         raise CheckpointError(f"{where!r} was written by this library; read it by models.weights.load_model")
     config = config_from_released(record, where=where)
-    model = HybridLM(config, device=device, dtype=dtype)
+    try:
+        model = HybridLM(config, device=device, dtype=dtype)
+    except (TypeError, ValueError) as error:  # sizes that no layer can have
+        raise CheckpointError(f"{where!r}: {error}") from error
     files = WeightFiles(folder)
     if "lm_head.weight" in files.shapes:
         raise CheckpointError(
@@ -175,26 +212,45 @@ def config_from_released(record: dict[str, Any], *, where: str = "config.json") 
     try:
         mixers, mlps = record["sequence_mixer_blocks"], record["mlp_blocks"]
         letters = {theirs: ours for ours, theirs in _MIXER_TYPES.items()}
-        pattern = "".join(letters[block["sequence_mixer_type"]] for block in mixers)
-        _require(record, dict(normalization_function="rmsnorm", m_emb=None, m_width=None, m_residual=None), where)
-        fields: dict[str, Any] = {}
-        for i, (letter, block) in enumerate(zip(pattern, mixers, strict=True)):
-            _require(block, _fixed(letter, block.get("kernel_size", 0)), f"{where}, sequence_mixer_blocks[{i}]")
+        _require(record, _OF_MODEL, where)
+        position = record["position_embedding_type"]
+        if record.get("num_layers", len(mixers)) != len(mixers):
+            raise CheckpointError(
+                f"{where}: `num_layers` is {record['num_layers']!r}, but there are {len(mixers)} sequence_mixer_blocks"
+            )
+        pattern, fields = "", dict[str, Any]()
+        for i, block in enumerate(mixers):
+            here = f"{where}, sequence_mixer_blocks[{i}]"
+            name = block.get("sequence_mixer_type")
+            _require(dict(sequence_mixer_type=name), dict(sequence_mixer_type=tuple(letters)), here)
+            letter = letters[name]
+            pattern += letter
+            fixed = _fixed(letter, block.get("kernel_size", 0)) | _DEFAULT.get(letter, {})
+            if letter in _SAME:
+                fixed |= dict.fromkeys(_SAME[letter], block[_FIELDS[letter]["num_heads"]])
+            _require(block, fixed, here)
+            known = {"sequence_mixer_type", *_FIELDS[letter].values(), *fixed, *_FREE.get(letter, ())}
+            _refuse_unknown(block, known, name, here)
             field, kind = _KINDS[letter]
-            built = _mixer_from_released(letter, block, kind, record)
+            built = _mixer_from_released(letter, block, kind)
+            if letter == "A" and position == "rope":
+                dim = built.head_dim or record["hidden_size"] // max(1, built.num_heads)
+                _require(record, dict(rope_scaling=None, rope_dim=(None, dim)), where)
+                built = dataclasses.replace(built, rope_theta=float(record["rope_theta"]))
             if fields.setdefault(field, built) != built:
                 raise CheckpointError(
-                    f"{where}, sequence_mixer_blocks[{i}]: differs from an earlier {block['sequence_mixer_type']} "
-                    "block; here all layers of one kind are alike"
+                    f"{here}: differs from an earlier {name} block; here all layers of one kind are alike"
                 )
         first = mlps[0]
         if len(mlps) != len(pattern) or any(block != first for block in mlps):
             raise CheckpointError(f"{where}: mlp_blocks must be alike, one a layer; here all layers share one")
-        _require(first, dict(activation_function="swiglu", add_bias=False, dropout=0), f"{where}, mlp_blocks")
-        if first["mlp_type"] == "MLP":
+        here, name = f"{where}, mlp_blocks", first["mlp_type"]
+        _require(dict(mlp_type=name), dict(mlp_type=tuple(_MLP_FIXED)), here)
+        _require(first, _MLP_FIXED[name], here)
+        _refuse_unknown(first, _MLP_FIELDS[name] | set(_MLP_FIXED[name]), name, here)
+        if name == "MLP":
             fields["mlp_size"] = first["intermediate_size"]
         else:
-            _require(first, dict(shared_expert_gating=False), f"{where}, mlp_blocks")
             fields["moe"] = MoEConfig(
                 num_experts=first["num_experts"],
                 top_k=first["num_experts_per_tok"],
@@ -218,7 +274,7 @@ def config_from_released(record: dict[str, Any], *, where: str = "config.json") 
         raise CheckpointError(f"{where}: {error}") from error
 
 
-def _mixer_from_released(letter: str, block: dict[str, Any], kind: Any, record: dict[str, Any]) -> Any:
+def _mixer_from_released(letter: str, block: dict[str, Any], kind: Any) -> Any:
     options = {ours: block[theirs] for ours, theirs in _FIELDS[letter].items() if theirs in block}
     if letter == "M":
         heads = ("num_q_heads", "num_k_heads", "num_v_heads", "num_f_heads", "num_w_heads")
@@ -226,10 +282,6 @@ def _mixer_from_released(letter: str, block: dict[str, Any], kind: Any, record: 
     for name in ("num_v_heads", "num_f_heads", "num_g_heads", "num_w_heads", "num_kv_heads"):
         if name in options and options[name] == options["num_heads"]:
             options[name] = None  # our way to say so
-    if letter == "G" and block["num_k_heads"] != block["num_v_heads"]:
-        raise CheckpointError("gated_deltanet blocks with other numbers of key and value heads are not supported")
-    if letter == "A" and record.get("position_embedding_type") == "rope":
-        options["rope_theta"] = float(record["rope_theta"])
     return kind(**options)
 
 
@@ -245,13 +297,7 @@ def config_to_released(config: LMConfig, orders: RowOrders) -> dict[str, Any]:
         for ours, theirs in _FIELDS[letter].items():
             value = options[ours]
             block[theirs] = heads if value is None and "heads" in ours else value
-        if letter == "G":
-            block["num_k_heads"] = heads
-        if letter == "R":
-            block["num_input_heads"] = heads
-        if letter == "U":
-            block |= {f"num_{kind}_heads": heads for kind in ("input", "forget_input", "reset_input")}
-            block |= {f"num_{kind}_heads": heads for kind in ("forget_weight", "reset_weight")}
+        block |= dict.fromkeys(_SAME.get(letter, ()), heads)
         blocks.append(block)
     mlp: dict[str, Any] = dict(activation_function="swiglu", add_bias=False, dropout=0)
     if config.moe is None:
@@ -301,10 +347,23 @@ def _fixed(letter: str, conv_size: int | None) -> dict[str, Any]:
 
 
 def _require(block: dict[str, Any], expected: dict[str, Any], where: str) -> None:
+    """Refuse options with another value than the expected one, or than all of a tuple; absent ones are fine."""
     for name, value in expected.items():
-        got = block.get(name, value)
-        if got != value and not (value is None and got in (None, 1)):
-            raise CheckpointError(f"{where}: `{name}` is {got!r}, and this library has {value!r} only")
+        allowed = value if isinstance(value, tuple) else (value,)
+        if name in block and block[name] not in allowed:
+            raise CheckpointError(
+                f"{where}: `{name}` is {block[name]!r}, and this library has {' or '.join(map(repr, allowed))} only"
+            )
+
+
+def _refuse_unknown(block: dict[str, Any], known: set[str], kind: str, where: str) -> None:
+    """Refuse options that ask for something (are not null) and that nothing here would heed."""
+    for name, value in block.items():
+        if name not in known and value is not None:
+            raise CheckpointError(
+                f"{where}: `{name}` is {value!r}, which this library does not know; of {kind} blocks it knows "
+                f"{sorted(known)}"
+            )
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------

@@ -12,10 +12,17 @@ def _every(layers: int, period: int, first: int) -> range:
     return range(first, max(layers, first + 1), period)  # the first one always, so that one too far is noticed
 
 
+def _before(letters: list[str], new: str, old: str) -> list[int]:
+    found = [i - 1 for i in range(1, len(letters)) if letters[i] == old]
+    if not found:
+        raise ValueError(f'"{new} before {old}" changes nothing: no layer {old} comes after another')
+    return found
+
+
 _RULES = (
     (re.compile(r"(\w) every (\d+) from (\d+)"), lambda n, s, m: _every(n, int(m[2]), int(m[3]))),
     (re.compile(r"(\w) at ([\d ]+)"), lambda n, s, m: [int(i) for i in m[2].split()]),
-    (re.compile(r"(\w) before (\w)"), lambda n, s, m: [i - 1 for i in range(1, n) if s[i] == m[2]]),
+    (re.compile(r"(\w) before (\w)"), lambda n, s, m: _before(s, m[1], m[2])),
 )
 
 
@@ -26,12 +33,18 @@ def expand(rule: str) -> str:
     "A every 8 from 4", "M at 0" (or "M at 0 7 12"), "M before A". A plain pattern string is returned as it is.
 
     Raises:
-        ValueError: a part that is not understood, or a layer that does not exist.
+        ValueError: a part that is not understood or changes nothing, or a layer that does not exist.
     """
     base, *changes = (part.strip() for part in rule.split(","))
     counted = re.fullmatch(r"(\d+)([A-Za-z])", base) or re.fullmatch(r"(\d+)\*(\w)", base)
     if counted is None and changes:
         raise ValueError(f'pattern rule {rule!r}: must start with layers and a letter such as "24G", got {base!r}')
+    if counted is None and not re.fullmatch(r"\w+", base):
+        raise ValueError(
+            f'pattern {rule!r} is neither layers and a letter, such as "24G", nor one letter a layer, such as "GGMA"'
+        )
+    if counted is not None and int(counted[1]) == 0:
+        raise ValueError(f"pattern rule {rule!r}: {base!r} names 0 layers, need at least 1")
     letters = list(base if counted is None else counted[2] * int(counted[1]))
     for change in changes:
         found = [(m, layers) for form, layers in _RULES if (m := form.fullmatch(change))]
@@ -50,3 +63,23 @@ def expand(rule: str) -> str:
                 raise ValueError(f"pattern rule {rule!r}: there is no layer {i}, the model has {len(letters)} layers")
             letters[i] = match[1]
     return "".join(letters)
+
+
+def resolve(pattern: str) -> str:
+    """What `LMConfig` makes of its pattern: a rule is expanded, and one letter a layer stays as it is.
+
+    A rule is known by its comma or its star. A count alone is not one, since digits can be letters: "2A" is Mamba-2,
+    then attention; two layers of attention are "2*A".
+
+    Raises:
+        ValueError: see `expand`; or a count alone that was surely meant as a rule.
+    """
+    if "," in pattern or "*" in pattern:
+        return expand(pattern)
+    counted = re.fullmatch(r"(\d+)([A-Za-z])", pattern)
+    if counted and set(counted[1]) != {"2"}:  # the only digit that is a mixer
+        raise ValueError(
+            f'LMConfig: pattern "{pattern}" has no comma or star and so one letter a layer; write '
+            f'"{counted[1]}*{counted[2]}" for {counted[1]} layers'
+        )
+    return pattern

@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from typing import Any
 
 from .config import (
     AttentionConfig,
     GatedDeltaNetConfig,
-    GRUConfig,
     LMConfig,
     M2RNNConfig,
-    Mamba2Config,
     MoEConfig,
-    VectorRNNConfig,
 )
 from .pattern import expand
 
@@ -68,6 +66,8 @@ def preset(name: str) -> LMConfig:
 def miniature(config: LMConfig, *, layers: int | None = None, hidden_size: int = 32, vocab_size: int = 256) -> LMConfig:
     """The same kinds of layers in the same order, small enough for a laptop or a test.
 
+    What is no size stays as it is: convs (or none), how W starts, clips, positions, gates.
+
     Args:
         layers: keep the first so many (default: up to 8, which holds one period of every hybrid).
         hidden_size: a multiple of 16.
@@ -81,11 +81,22 @@ def miniature(config: LMConfig, *, layers: int | None = None, hidden_size: int =
         hidden_size=hidden_size,
         pattern=pattern,
         mlp_size=0 if config.moe else 2 * hidden_size,
-        m2rnn=M2RNNConfig(num_heads=2 * heads, key_dim=16, value_dim=8, state_grad_clip=config.m2rnn.state_grad_clip),
+        m2rnn=_miniature_m2rnn(config.m2rnn, 2 * heads),
         attention=dataclasses.replace(config.attention, num_heads=heads, num_kv_heads=None, head_dim=None),
         gated_deltanet=dataclasses.replace(config.gated_deltanet, num_heads=2, key_dim=16, value_dim=16),
-        mamba2=Mamba2Config(num_heads=heads, state_size=16, intermediate_size=hidden_size),
-        vector_rnn=VectorRNNConfig(num_heads=heads, head_dim=8),
-        gru=GRUConfig(num_heads=heads, head_dim=8),
+        mamba2=dataclasses.replace(
+            config.mamba2, num_heads=heads, state_size=16, intermediate_size=hidden_size, num_groups=1
+        ),
+        vector_rnn=dataclasses.replace(config.vector_rnn, num_heads=heads, head_dim=8),
+        gru=dataclasses.replace(config.gru, num_heads=heads, head_dim=8),
         moe=config.moe and dataclasses.replace(config.moe, num_experts=8, top_k=2, expert_size=16, shared_size=32),
     )
+
+
+def _miniature_m2rnn(config: M2RNNConfig, num_heads: int) -> M2RNNConfig:
+    """Heads shared by all stay one, those that every head has for itself as many as heads; in between, two."""
+    counts = {name: getattr(config, name) for name in (f"num_{kind}_heads" for kind in "qkvfgw")}
+    few: dict[str, Any] = {
+        n: c if c in (None, 1) else num_heads if c == config.num_heads else 2 for n, c in counts.items()
+    }
+    return dataclasses.replace(config, num_heads=num_heads, key_dim=16, value_dim=8, **few)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 
@@ -65,10 +65,13 @@ def swap_layer(
         impl: of the M²RNN recurrence; default the model's.
 
     Raises:
+        TypeError: `index` is no integer.
         IndexError: there is no such layer.
         ValueError: no mixer has that letter; or a group of the optimizer for the new parameters is missing.
     """
     config = model.config
+    if isinstance(index, bool) or not isinstance(index, SupportsIndex):
+        raise TypeError(f"swap_layer: `index` must be an integer from 0 to {config.num_layers - 1}, got {index!r}")
     if not 0 <= index < config.num_layers:
         raise IndexError(f"swap_layer: `index` must be from 0 to {config.num_layers - 1}, got {index}")
     block: Any = model.transformer.h[index]

@@ -228,10 +228,12 @@ class Trainer:
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         values = loss.item(), grad_norm.item()
         if not all(map(math.isfinite, values)):
+            left = "There is no checkpoint yet"
+            if checkpoint.list_steps(self.checkpoints):
+                left = f"The checkpoints in {str(self.checkpoints)!r} are from before"
             raise TrainingError(
-                f"step {self.step + 1}: loss {values[0]}, gradient norm {values[1]}: not finite. The checkpoints in "
-                f"{str(self.checkpoints)!r} are from before; start afresh with a lower learning rate (was "
-                f"{self.config.learning_rate})"
+                f"step {self.step + 1}: loss {values[0]}, gradient norm {values[1]}: not finite. {left}; start afresh "
+                f"with a lower learning rate (was {self.config.learning_rate})"
             )
         self.optimizer.step()
         self.step += 1

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import CheckpointError, _faults, _safetensors
+from .checkpoint import CheckpointError, _fault, _faults, _safetensors
 from .config import LMConfig
 from .lm import HybridLM
 
@@ -40,6 +40,12 @@ class WeightFiles:
             listed = _read_json(self.path / INDEX).get("weight_map")
             if not isinstance(listed, dict):
                 raise CheckpointError(f"{str(self.path / INDEX)!r} holds no `weight_map`; fetch the file again")
+            for name, file in listed.items():
+                if not isinstance(file, str):
+                    raise CheckpointError(
+                        f"{str(self.path / INDEX)!r} has in its `weight_map`, in a file's place, {name!r}: {file!r}; "
+                        "fetch the file again"
+                    )
             files = [self.path / name for name in sorted(set(listed.values()))]
         elif (self.path / SINGLE).exists():
             files = [self.path / SINGLE]
@@ -118,9 +124,9 @@ def save_weights(
             record = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (root / INDEX).write_text(json.dumps(record, indent=1))
         return [root / name for name in names]
-    except OSError as error:
+    except (OSError, st.SafetensorError) as error:
         raise CheckpointError(
-            f"cannot write weights to {str(root)!r}: {error.strerror or error}; free space or choose another folder"
+            f"cannot write weights to {str(root)!r}: {_fault(error)}; free space or choose another folder"
         ) from error
     finally:
         for path, _ in partial:

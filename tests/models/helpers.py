@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -34,3 +37,14 @@ def write_texts(folder: Path, count: int = 12) -> Path:
     for i in range(count):
         (folder / f"file{i:02d}.txt").write_text(f"Text number {i}. " + "All work and no play makes a dull file. " * 5)
     return folder
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The kernel refuses to write files beyond `size` bytes: what a full disk looks like to whoever writes them."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token data for `train`: bytes and tokenizers, packing, and what users get wrong."""
 
+import os
+
 import pytest
 import torch
 
@@ -72,12 +74,69 @@ def test_unreadable_file(tmp_path, monkeypatch):
         load_corpus([tmp_path / "x"])
 
 
-def test_no_data_and_twice_the_same(tmp_path):
+def test_no_data_and_twice_the_same(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="name at least one text file"):
         load_corpus([])
-    write_texts(tmp_path / "a", 2)
-    with pytest.raises(DataError, match="was named twice"):
-        load_corpus([tmp_path / "a", tmp_path / "a"])
+    folder = write_texts(tmp_path / "a", 2)
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    for again in (folder, tmp_path / "link", "a", "../" + tmp_path.name + "/a", folder / "file01.txt", tmp_path):
+        with pytest.raises(DataError, match=r"file01.txt' was named twice|file00.txt' was named twice"):
+            load_corpus([folder, again])
+
+
+def test_equal_names_are_told_apart_by_the_folders_above(tmp_path):
+    """`--data p1/src p2/src` and `--data a/README.md b/README.md`: only what collides gets a longer name."""
+    for name in ("p1/src/x.py", "p2/src/x.py", "p2/src/y.py", "a/README.md", "q/a/README.md", "other.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text of " + name)
+    for name in ("p1/src/__init__.py", "r/src/__init__.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "r/src/z.py").write_text("text")
+    names = lambda *paths: sorted(sum(load_corpus([tmp_path / p for p in paths])[5:7], ()))
+    assert names("p1/src", "p2/src") == ["p1/src/x.py", "p2/src/x.py", "p2/src/y.py"]
+    assert names("a/README.md", "q/a/README.md", "other.txt") == sorted(
+        ["other.txt", f"{tmp_path.name}/a/README.md", "q/a/README.md"]
+    )
+    assert names("p1/src", "r/src") == ["src/x.py", "src/z.py"]  # files that are passed over collide with nothing
+    assert names("p1", "p2/src/x.py") == ["p1/src/x.py", "x.py"]
+
+
+def test_which_of_two_equal_names_holds_which_text_is_part_of_the_data(tmp_path):
+    """A resumed run would notice that two projects changed places."""
+    for folder in ("p1/src", "p2/src"):
+        write_texts(tmp_path / folder, 3)
+    (tmp_path / "p1/src/file01.txt").write_text("another text")
+    paths = [tmp_path / "p1/src", tmp_path / "p2/src"]
+    before = load_corpus(paths).fingerprint
+    assert load_corpus(paths).fingerprint == before
+    for folder, name in (("p1", "x"), ("p2", "p1"), ("x", "p2")):
+        (tmp_path / folder).rename(tmp_path / name)
+    assert load_corpus(paths).fingerprint != before
+
+
+def test_a_file_name_that_is_not_utf8(tmp_path):
+    """Such names come out of old archives; the text in them is good, and what is printed can be printed."""
+    folder = write_texts(tmp_path / "a", 3)
+    (folder / os.fsdecode(b"caf\xe9.txt")).write_text("un caf\u00e9")
+    (folder / os.fsdecode(b"\xff.bin")).write_bytes(b"\0")
+    corpus = load_corpus([folder])
+    assert "a/caf\udce9.txt" in corpus.train_files + corpus.held_out_files
+    assert dict(corpus.skipped) == {"a/\\xff.bin": "binary: holds a zero byte"}
+    (folder / os.fsdecode(b"caf\xe9.txt")).rename(folder / os.fsdecode(b"caf\xe8.txt"))
+    assert load_corpus([folder]).fingerprint != corpus.fingerprint
+    (tmp_path / os.fsdecode(b"\xe9.txt")).write_text("")
+    with pytest.raises(DataError, match=r"udce9.txt' cannot be used: empty") as caught:
+        load_corpus([tmp_path / os.fsdecode(b"\xe9.txt")])
+    str(caught.value).encode()
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path):
+    """Reading a named pipe would wait for ever for somebody to write into it."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe' is neither a regular file nor a folder; give text files"):
+        load_corpus([tmp_path / "pipe"])
 
 
 @pytest.fixture

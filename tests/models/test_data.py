@@ -53,6 +53,19 @@ def test_unusable_files_are_named_skips(tmp_path):
     assert len(data.train_files) + len(data.held_out_files) == 3
 
 
+def test_file_names_that_are_not_utf8(tmp_path):
+    folder = write_texts(tmp_path, 3)
+    (folder / os.fsdecode(b"caf\xe9.txt")).write_text("text")
+    (folder / os.fsdecode(b"\xff.txt")).touch()
+    data = load_folder(folder)
+    assert "caf\udce9.txt" in data.train_files + data.held_out_files
+    assert dict(data.skipped) == {"\\xff.txt": "empty"}
+    for path in folder.iterdir():
+        path.write_text("")
+    with pytest.raises(DataError, match=r"found 0 usable.*skipped: caf\\xe9.txt \(empty\), file00.txt"):
+        load_folder(folder)
+
+
 def test_unreadable_files_are_named_skips(tmp_path, monkeypatch):
     from pathlib import Path
 

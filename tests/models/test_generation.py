@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from m2rnn_compile.layers import select_rows
-from m2rnn_compile.models import generate, miniature, preset, stream
-from m2rnn_compile.models.generation import left_pad, sample
+from m2rnn_compile.models import generate, left_pad, miniature, preset, sample, stream
+from tests.layers.equations import assert_same
 from tests.models.helpers import make_model
 
 
@@ -60,6 +60,39 @@ def test_greedy_equals_uncached_argmax(prefill_chunk):
     expected = uncached_argmax(model, prompt, 12)
     assert torch.equal(generate(model, prompt, max_new_tokens=12, prefill_chunk=prefill_chunk), expected)
     assert len(set(expected[0, 7:].tolist())) > 3, "a degenerate continuation would prove little"
+
+
+def test_a_compiled_model_generates_the_same_tokens():
+    """As the docstring of `stream` shows it: what torch.compile makes of a module has no truth value of its own."""
+    model, prompt = make_model(), torch.randint(0, 256, (2, 7))
+    compiled = torch.compile(model, backend="eager")
+    got = generate(model, prompt, max_new_tokens=3, forward=compiled)
+    assert torch.equal(got, generate(model, prompt, max_new_tokens=3))
+
+
+@pytest.mark.parametrize("T", [1, 7])
+def test_a_prefill_without_padding_attends_as_the_uncached_forward_does(monkeypatch, T):
+    """Causal attention needs no [B, 1, T, T] mask while the cache is empty: SDPA's own causal path does."""
+    model, prompt = make_model(), torch.randint(0, 256, (2, T))
+    masks = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, attn_mask, is_causal, **options):
+        masks.append((attn_mask, is_causal))
+        return attend(*args, attn_mask=attn_mask, is_causal=is_causal, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    with torch.no_grad():
+        expected = model(prompt)
+        logits, cache = model(prompt, cache=model.init_cache(2))
+        assert masks == [(None, True)] * 2
+        assert_same(logits, expected)
+        token = torch.randint(0, 256, (2, 1))
+        again, _ = model(token, cache=cache)
+        assert masks[-1][0].shape == (2, 1, 1, T + 1)
+        assert_same(again, model(torch.cat([prompt, token], 1))[:, -1:])
+        _, cache = model(prompt, cache=model.init_cache(2), attention_mask=torch.ones(2, T))
+        assert masks[-1][0].shape == (2, 1, T, T)
 
 
 def test_left_padded_batch_equals_each_prompt_alone():
@@ -127,6 +160,25 @@ def test_sampling_filters():
     # five standard deviations of a frequency over 2000 draws
     assert (drawn - torch.tensor([0.5, 0.3, 0.15, 0.05])).abs().max() < 5 * 0.5 / 2000**0.5
     assert sample(logits).eq(0).all()
+
+
+def test_top_k_keeps_exactly_k_of_equally_likely_tokens():
+    """An untrained or a bf16 model often has ties: k stays the bound that was asked for."""
+    logits = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]]).expand(2000, 5)
+    g = torch.Generator().manual_seed(0)
+    for k in (1, 2, 4):
+        drawn = set(sample(logits, temperature=1, top_k=k, generator=g).tolist())
+        assert len(drawn) == k
+        assert drawn <= ({1, 2, 3} if k < 4 else {0, 1, 2, 3})
+
+
+def test_a_temperature_is_zero_or_a_number_that_fp32_can_divide_by():
+    logits = torch.tensor([[3e3, -3e3, float("-inf"), 2e3]])
+    for good in (0, 1.2e-38, 1e-30, 1e30):
+        assert int(sample(logits, temperature=good)) in ({0} if good < 1 else {0, 1, 3})
+    for bad in (float("nan"), float("inf"), 1e-320, -1e-320):
+        with pytest.raises(ValueError, match=f"`temperature` must be 0 .greedy. or .* got {bad}"):
+            sample(logits, temperature=bad)
 
 
 def test_errors():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hugging Face transformers: generate equals ours, folders round-trip, beams reorder caches, labels give the loss."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -10,8 +11,7 @@ pytest.importorskip("transformers", reason="needs transformers; pip install 'm2r
 import transformers
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from m2rnn_compile.models import HybridLM, generate, miniature, preset
-from m2rnn_compile.models.generation import left_pad
+from m2rnn_compile.models import HybridLM, generate, left_pad, miniature, preset, swap_layer
 from m2rnn_compile.models.hf import M2RNNHybridConfig, M2RNNHybridForCausalLM, from_hybrid
 from m2rnn_compile.models.weights import load_model, save_model
 from tests.layers.equations import assert_same
@@ -49,6 +49,22 @@ def test_left_padded_batch(pair):
     got = theirs.generate(padded, attention_mask=mask.long(), max_new_tokens=5, do_sample=False)
     for row, alone in zip(got, rows, strict=True):
         assert torch.equal(row[6:], generate(ours, alone[None], max_new_tokens=5)[0, len(alone) :])
+
+
+def test_a_left_padded_prompt_can_be_fed_token_by_token(pair):
+    """Pads never move a state: one at a time they say so only in the mask, which grows with the tokens."""
+    ours, theirs = pair
+    rows = [prompt(6), prompt(3)]
+    padded, mask = left_pad(rows)
+    cache = None
+    with torch.no_grad():
+        for i in range(6):
+            out = theirs(padded[:, i : i + 1], attention_mask=mask[:, : i + 1].long(), past_key_values=cache)
+            cache = out.past_key_values
+        token = prompt(2, 1)
+        out = theirs(token, attention_mask=torch.ones(2, 7), past_key_values=cache)
+        for i, row in enumerate(rows):
+            assert_same(out.logits[i], ours(torch.cat([row, token[i]])[None])[0, -1:])
 
 
 def test_beam_search_with_cache_equals_without(pair):
@@ -93,6 +109,28 @@ def test_folders_round_trip_both_ways(tmp_path, pair, dtype):
     with torch.no_grad():  # weights that are mapped from a file lie elsewhere in memory: other kernels, other last bits
         assert_same(mine(x), ours(x))
         assert_same(back(x).logits, ours(x))
+
+
+def test_a_swapped_layer_is_saved_as_it_is(tmp_path):
+    """The pattern in config.json is that of the weights beside it, whoever writes and whoever reads."""
+    model = from_hybrid(HybridLM(CONFIG)).eval()
+    swap_layer(model.lm, 1, "M")
+    assert model.config.lm_config == model.lm.config
+    assert model.config.lm_config.pattern == "MMA2"
+    model.save_pretrained(tmp_path)
+    x = prompt(1, 6)
+    with torch.no_grad():
+        for back in (AutoModelForCausalLM.from_pretrained(tmp_path), load_model(tmp_path)):
+            y = back(x)
+            assert_same(getattr(y, "logits", y), model(x).logits)
+
+
+def test_copies_do_not_share_what_they_say_of_themselves():
+    model = from_hybrid(HybridLM(CONFIG))
+    copied = copy.deepcopy(model)
+    swap_layer(copied.lm, 1, "M")
+    assert copied.lm.transformer is copied.transformer
+    assert (model.config.lm_config.pattern, copied.config.lm_config.pattern) == ("MGA2", "MMA2")
 
 
 def test_more_tokens(pair, tmp_path):

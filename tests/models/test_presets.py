@@ -9,7 +9,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from m2rnn_compile.__main__ import main
-from m2rnn_compile.models import PRESETS, HybridLM, LMConfig, expand, miniature, preset, statistics
+from m2rnn_compile.models import (
+    PRESETS,
+    GRUConfig,
+    HybridLM,
+    LMConfig,
+    M2RNNConfig,
+    Mamba2Config,
+    VectorRNNConfig,
+    expand,
+    miniature,
+    preset,
+    statistics,
+)
 
 MILLIONS = {
     "gated-deltanet-410m": 406.68,
@@ -109,9 +121,51 @@ def test_pattern_rules():
         ("4G, A every 8 from 4", "there is no layer 4, the model has 4 layers"),
         ("4G, A every 0 from 1", "the period must be at least 1"),
         ("4G, A sometimes", "'A sometimes' is not understood"),
+        ("24G, M before Z", '"M before Z" changes nothing: no layer Z comes after another'),
+        ("4G, A at 0, M before A", '"M before A" changes nothing'),
+        ("0M", "names 0 layers, need at least 1"),
+        ("24 G", '\'24 G\' is neither layers and a letter, such as "24G", nor one letter a layer, such as "GGMA"'),
+        ("", "'' is neither layers and a letter"),
     ):
         with pytest.raises(ValueError, match=message):
             expand(bad)
+
+
+def test_a_config_takes_the_rule_itself():
+    """A rule is known by its comma or star, since "2" is a mixer's letter: "2A" alone is Mamba-2 and attention."""
+    config = LMConfig(vocab_size=256, hidden_size=16, mlp_size=24, pattern="24G, A every 8 from 4, M at 0")
+    assert config.pattern == "MGGGAGGGGGGGAGGGGGGGAGGG"
+    assert config == LMConfig.from_dict(config.to_dict())
+    assert config == LMConfig.from_dict(config.to_dict() | {"pattern": "24G, A every 8 from 4, M at 0"})
+    for pattern, letters in (("24*G", "G" * 24), ("3*2", "222"), ("2A", "2A"), ("22A", "22A"), ("2", "2")):
+        assert dataclasses.replace(config, pattern=pattern).pattern == letters
+    for bad, message in (
+        ("24G, A at 24", "there is no layer 24"),
+        ("24G", r'pattern "24G" has no comma or star and so one letter a layer; write "24\*G" for 24 layers'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(config, pattern=bad)
+
+
+def test_a_miniature_keeps_the_kinds_of_its_layers():
+    """Sizes shrink; what a layer is (conv or none, how W starts, clips, gates) and how heads are shared stays."""
+    config = dataclasses.replace(
+        preset("m2rnn-410m"),
+        m2rnn=M2RNNConfig(
+            conv_size=None, state_weight_init="normal", state_grad_clip=0.5, num_q_heads=84, num_k_heads=4
+        ),
+        mamba2=Mamba2Config(conv_size=3),
+        vector_rnn=VectorRNNConfig(conv_size=3, state_grad_clip=None),
+        gru=GRUConfig(conv_size=2),
+    )
+    small = miniature(config)
+    m = small.m2rnn
+    assert (m.conv_size, m.state_weight_init, m.state_grad_clip) == (None, "normal", 0.5)
+    assert (m.num_heads, m.num_q_heads, m.num_k_heads, m.num_v_heads) == (4, 4, 2, None)
+    assert (small.mamba2.conv_size, small.gru.conv_size) == (3, 2)
+    assert (small.vector_rnn.conv_size, small.vector_rnn.state_grad_clip) == (3, None)
+    HybridLM(dataclasses.replace(small, pattern="MGA2RU"), device="meta")
+    assert miniature(preset("m2rnn-410m")).m2rnn == M2RNNConfig(num_heads=4, key_dim=16, value_dim=8)
 
 
 def test_names_that_are_nearly_right():

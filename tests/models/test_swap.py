@@ -98,6 +98,9 @@ def test_errors():
     model, optimizer = trained()
     with pytest.raises(IndexError, match="`index` must be from 0 to 5, got 6"):
         swap_layer(model, 6, "M")
+    for index in (True, 1.0, "1", None):
+        with pytest.raises(TypeError, match=f"`index` must be an integer from 0 to 5, got {index!r}"):
+            swap_layer(model, index, "A")
     with pytest.raises(ValueError, match="no mixer has the letter 'Z'"):
         swap_layer(model, 0, "Z")
     before = list(model.parameters())

@@ -126,17 +126,18 @@ def options(tmp_path, *more):
 
 
 def test_the_command_trains_and_resumes(tmp_path, capfd):
-    assert main(options(tmp_path, "--steps", "3", "--grad-accumulation", "2")) == 0
+    assert main(options(tmp_path, "--steps", "3", "--grad-accumulation", "2", "--seed", "5")) == 0
     out = capfd.readouterr().out
     for text in ("4M A", "packed documents", "3 of 2 × 2 × 48 tokens", "held out:", "bits a byte"):
         assert text in out
     run = tmp_path / "run"
     assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
     assert load_model(run / "model").config.pattern == "MMMMA"
-    assert main(["train", "--resume", "--out", str(run)]) == 0  # finished: scores again
+    assert main(["train", "--resume", "--out", str(run), "--seed", "5"]) == 0  # finished: scores again
     for more, message in (
         (["--steps", "9"], "--steps 9 cannot be combined with --resume: the run was started with 3"),
         (["--preset", "m2rnn-410m"], "--preset m2rnn-410m cannot be combined"),
+        (["--seed", "0"], "--seed 0 cannot be combined with --resume: the run was started with 5"),
     ):
         assert main(["train", "--resume", "--out", str(run), *more]) == 2
         assert message in capfd.readouterr().err
@@ -145,6 +146,22 @@ def test_the_command_trains_and_resumes(tmp_path, capfd):
     (run / "run.json").write_text('{"data": null}')
     assert main(["train", "--resume", "--out", str(run)]) == 2
     assert "is not of `train`" in capfd.readouterr().err
+
+
+def test_a_run_on_two_folders_of_one_name_resumes(tmp_path, capfd):
+    """And is refused where the two have changed places since."""
+    for folder in ("p1", "p2"):
+        write_texts(tmp_path / folder / "src")
+    (tmp_path / "p1/src/file00.txt").write_text("another text")
+    more = ["--steps", "1", "--data", str(tmp_path / "p1/src"), str(tmp_path / "p2/src")]
+    assert main(options(tmp_path, *more)) == 0
+    resume = ["train", "--resume", "--out", str(tmp_path / "run")]
+    assert main(resume) == 0
+    for old, new in (("p1", "x"), ("p2", "p1"), ("x", "p2")):
+        (tmp_path / old).rename(tmp_path / new)
+    capfd.readouterr()
+    assert main(resume) == 2
+    assert "was written with another data" in capfd.readouterr().err
 
 
 def test_a_run_with_a_tokenizer_generates_text(tmp_path, capfd):

@@ -15,7 +15,7 @@ from m2rnn_compile.models.checkpoint import CheckpointError
 from m2rnn_compile.models.data import load_folder
 from m2rnn_compile.models.display import duration, sparkline
 from m2rnn_compile.models.train import LOG, TrainConfig, Trainer, TrainingError, bits_per_byte, stop_on_signals
-from tests.models.helpers import CONFIG, make_model, write_texts
+from tests.models.helpers import CONFIG, largest_file, make_model, write_texts
 
 TRAIN = TrainConfig(steps=6, batch_size=2, seq_len=24, warmup=2, checkpoint_every=2, compile=False, threads=1)
 
@@ -182,9 +182,21 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, data
         if step.step == 3:
             torch.nn.init.constant_(trainer.model.transformer.ln_f.weight, float("nan"))
 
-    with pytest.raises(TrainingError, match="step 4: loss nan"):
+    with pytest.raises(
+        TrainingError, match=r"step 4: loss nan.*checkpoints in '.*run/checkpoints' are from before; st"
+    ):
         trainer.run(poison)
     assert checkpoint.list_steps(tmp_path / "run" / "checkpoints") == [2]
+
+
+def test_a_loss_that_is_not_finite_before_the_first_checkpoint_names_none(tmp_path, data):
+    trainer = Trainer(CONFIG, TRAIN, data, tmp_path / "run")
+    torch.nn.init.constant_(trainer.model.transformer.ln_f.weight, float("nan"))
+    with pytest.raises(
+        TrainingError, match=r"step 1: loss nan.*no checkpoint yet; start afresh with a lower"
+    ) as caught:
+        trainer.run()
+    assert str(tmp_path) not in str(caught.value)
 
 
 # -- damaged checkpoints -----------------------------------------------------------------------------------------------
@@ -326,6 +338,17 @@ def test_failed_write_leaves_the_old_checkpoints(run, monkeypatch):
     monkeypatch.setattr(checkpoint, "_fsync", full)
     run.step = 7
     with pytest.raises(CheckpointError, match="No space left on device; free space"):
+        run.save()
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step-00000004", "step-00000006"]
+
+
+@pytest.mark.parametrize("size", [1000, 60_000], ids=["model", "optimizer"])
+def test_a_full_disk_leaves_the_old_checkpoints(run, size):
+    """safetensors reports it by an error of its own, which is no OSError."""
+    run.step = 7
+    model, optimizer = ((newest(run) / f).stat().st_size for f in (checkpoint.MODEL, checkpoint.OPTIMIZER))
+    assert size < model or model < size < optimizer
+    with largest_file(size), pytest.raises(CheckpointError, match=r"File too large.*; free space or choose"):
         run.save()
     assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step-00000004", "step-00000006"]
 

@@ -21,6 +21,7 @@ from m2rnn_compile.models.lm_engine import (
     save_released,
 )
 from m2rnn_compile.models.weights import WeightFiles, load_model, load_weights, save_model, save_weights
+from tests.models.helpers import largest_file
 
 DENSE = dataclasses.replace(miniature(preset("hybrid-gated-deltanet+1-410m")), pattern="MGA2RU")
 DENSE = dataclasses.replace(
@@ -154,7 +155,38 @@ def test_misfits_are_named_and_leave_the_model_unchanged(tmp_path):
         (lambda r: r.pop("mlp_blocks"), "not a config of lm-engine.*mlp_blocks"),
         (lambda r: r.update(normalization_function="layernorm"), "`normalization_function` is 'layernorm'"),
         (lambda r: r["sequence_mixer_blocks"][0].update(add_bias=True), r"blocks\[0\]: `add_bias` is True"),
-        (lambda r: r["sequence_mixer_blocks"][0].update(sequence_mixer_type="rwkv"), "rwkv"),
+        (
+            lambda r: r["sequence_mixer_blocks"][1].update(sequence_mixer_type="hymba"),
+            r"config.json, sequence_mixer_blocks\[1\]: `sequence_mixer_type` is 'hymba', and this .* has 'm2rnn' or",
+        ),
+        (lambda r: r["sequence_mixer_blocks"][0].pop("sequence_mixer_type"), "`sequence_mixer_type` is None, and this"),
+        (
+            lambda r: r["sequence_mixer_blocks"][0].update(num_slots=8),
+            r"blocks\[0\]: `num_slots` is 8, which this library .* not know; of m2rnn blocks it knows \['A_init_max', ",
+        ),
+        (lambda r: r["mlp_blocks"][0].update(router="sigmoid"), "must be alike"),
+        (lambda r: [b.update(router="x") for b in r["mlp_blocks"]], "`router` is 'x', which this library does not"),
+        (lambda r: [b.update(mlp_type="KAN") for b in r["mlp_blocks"]], "`mlp_type` is 'KAN', and this library has"),
+        (lambda r: r.update(model_type="ladder_residual"), "`model_type` is 'ladder_residual', and this .*'gpt_base'"),
+        (lambda r: r.update(num_layers=7), "`num_layers` is 7, but there are 6 sequence_mixer_blocks"),
+        (lambda r: r.update(tie_word_embeddings=False), "`tie_word_embeddings` is False, and this library has True"),
+        (lambda r: r.update(embedding_dropout=0.1), "`embedding_dropout` is 0.1"),
+        (
+            lambda r: r.update(position_embedding_type="learned_absolute"),
+            "`position_embedding_type` is 'learned_absolute', and this library has 'rope' or 'nope' only",
+        ),
+        (lambda r: r.pop("position_embedding_type"), "'position_embedding_type'"),
+        (lambda r: r.update(rope_scaling={"type": "yarn", "factor": 4}), "`rope_scaling` is {'type': 'yarn'"),
+        (lambda r: r.update(rope_dim=4), "`rope_dim` is 4, and this library has None or 8 only"),
+        (lambda r: r["sequence_mixer_blocks"][2].update(attention_multiplier=1), "`attention_multiplier` is 1, and"),
+        (
+            lambda r: r["sequence_mixer_blocks"][2].update(attention_multiplier_method="1 / head_dim"),
+            "`attention_multiplier_method` is '1 / head_dim'",
+        ),
+        (lambda r: r["sequence_mixer_blocks"][1].update(num_k_heads=1), "`num_k_heads` is 1, and this library has 2"),
+        (lambda r: r["sequence_mixer_blocks"][3].update(time_step_limit=[0, 0.1]), r"`time_step_limit` is \[0, 0.1\]"),
+        (lambda r: r["sequence_mixer_blocks"][4].update(num_input_heads=1), "`num_input_heads` is 1, and this"),
+        (lambda r: r["sequence_mixer_blocks"][5].update(gradient_clipping=1.0), "`gradient_clipping` is 1.0"),
         (lambda r: r["mlp_blocks"].pop(), "mlp_blocks must be alike, one a layer"),
         (lambda r: r.update(hidden_size=-1), "`hidden_size` must be at least 1"),
     ],
@@ -164,6 +196,31 @@ def test_configs_that_ask_for_something_else(tmp_path, change, message):
     change(record)
     with pytest.raises(CheckpointError, match=message):
         config_from_released(record)
+
+
+def test_what_starts_or_chunks_or_names_a_model_does_not_matter():
+    """Options of lm-engine that say nothing about what the trained model computes, and those that are off."""
+    record = json.loads(json.dumps(config_to_released(DENSE, RowOrders())))
+    expected = config_from_released(record)
+    record |= dict(m_width=1, m_emb=None, rope_dim=8, rope_scaling=None, initializer_range=0.1, architectures=["x"])
+    for block in record["sequence_mixer_blocks"]:
+        block["not_there_yet"] = None
+        if block["sequence_mixer_type"] in ("m2rnn", "gated_deltanet", "mamba2"):
+            block |= dict(A_init_min=1, A_init_max=8, dt_init_min=0.01, dt_init_max=0.2, dt_init_floor=1e-3)
+        if block["sequence_mixer_type"] == "mamba2":
+            block |= dict(chunk_size=128, time_step_limit=[0, float("inf")])
+    assert config_from_released(record) == expected
+    record |= dict(position_embedding_type="nope", rope_scaling={"type": "yarn"}, rope_dim=4)
+    assert config_from_released(record).attention.rope_theta is None
+
+
+def test_sizes_that_no_layer_can_have(tmp_path):
+    save_released(HybridLM(DENSE), tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())
+    record["sequence_mixer_blocks"][2] |= dict(num_key_value_heads=3)
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"config.json.*`num_kv_heads` must divide `num_heads` = 4"):
+        load_released(tmp_path)
 
 
 def test_files_that_are_missing_or_damaged(tmp_path):
@@ -178,6 +235,9 @@ def test_files_that_are_missing_or_damaged(tmp_path):
     files[1].write_bytes(b"\0" * 4)
     with pytest.raises(CheckpointError, match=r"model-00002-of-.*is damaged"):
         load_model(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "x", "b": 3}}')
+    with pytest.raises(CheckpointError, match=r"index.json' .*`weight_map`.* 'b': 3; fetch the file again"):
+        load_model(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("[")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_model(tmp_path)
@@ -190,6 +250,10 @@ def test_a_failed_write_leaves_no_litter(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match="cannot write weights"):
         save_weights({"x": torch.zeros(1)}, tmp_path / "file")
+    shards = {"small": torch.zeros(100), "large": torch.zeros(10_000)}
+    with largest_file(10_000), pytest.raises(CheckpointError, match=r"write weights.*File too large.*free space"):
+        save_weights(shards, tmp_path / "out", max_shard_bytes=400)  # safetensors raises what is no OSError
+    assert not list((tmp_path / "out").iterdir())
 
     def broken():
         yield "a", torch.zeros(100)

@@ -40,7 +40,7 @@ def enable_fusion(
         prologue: also move the forget gate into the op. It saves no pass over memory.
         conv: also move the causal convolution and SiLU in front of the scan into the op: in inference they are part of
             the scan's own kernel, with the forget gate and the tail; in training they get kernels of their own, one
-            pass of the backward instead of four. Off by default until it has run and been timed on a GPU.
+            pass of the backward instead of four.
 
     Returns:
         The settings before, to restore with ``enable_fusion(**before._asdict())``.

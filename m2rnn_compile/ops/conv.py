@@ -5,7 +5,7 @@
     y_t = a_t · sigmoid(a_t)
 
 Nobody has to call it: plain torch code of this form (`layers/conv.py` is) becomes this op when `torch.compile` fuses
-what stands around a scan and `enable_fusion(conv=True)` asks for it. A compiler makes four passes of the backward, of
+what stands around a scan. A compiler makes four passes of the backward, of
 which each reads x or dy again; the kernel makes one. In fp32 (fp64 for fp64 inputs), rounded once.
 """
 

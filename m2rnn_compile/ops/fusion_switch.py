@@ -25,13 +25,13 @@ class FusionSettings(NamedTuple):
         devices: device types on which the surroundings move into the op. Only where that saves passes over memory.
         prologue: also move the forget gate into the op, though it saves no pass (a kernel of B·T·N either way).
         conv: also move the causal convolution with its SiLU in front of q | k | v into an op: one of its own, or the
-            scan's where no backward follows. Off by default until it has run and been timed on a GPU.
+            scan's where no backward follows.
     """
 
     enabled: bool = True
     devices: tuple[str, ...] = ("cuda",)
     prologue: bool = False
-    conv: bool = False
+    conv: bool = True
 
     def token(self) -> str:
         return repr(tuple(self))

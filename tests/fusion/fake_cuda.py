@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Inductor generates for a GPU, on a machine without one: python -m tests.fusion.fake_cuda {on,off,whole,broken}
+"""What Inductor generates for a GPU, on a machine without one: python -m tests.fusion.fake_cuda {on,off,tail,broken}
 
 Tensors are fake and on "cuda"; torch.cuda says H200; Triton's driver has a target and no device. The wrapper's code and
 the scheduler's byte counts are printed as JSON instead of being loaded. Inference only: the autograd engine asks the
@@ -125,7 +125,7 @@ def main(mode: str) -> None:
     from m2rnn_compile.lowering.inductor import match
 
     pretend()
-    enable_fusion(mode != "off", conv=mode == "whole")
+    enable_fusion(mode != "off", conv=mode == "on")
     if mode == "broken":  # a seeded fault: the gate is not recognised any more
         match._Tail.multiply_gate = lambda self, at, flat: False  # type: ignore[method-assign]
     layer = M2RNN(1024, num_heads=84, device="meta", dtype=torch.bfloat16)

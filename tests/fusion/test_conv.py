@@ -244,8 +244,10 @@ def test_the_whole_has_no_backward_and_refuses_positions_without_a_convolution()
         torch.ops.m2rnn.fused_scan_conv(x.detach(), None, torch.arange(T), *rest[2:])
 
 
-def test_off_unless_asked_for(conv_on_cpu: None) -> None:
+def test_on_unless_refused(conv_on_cpu: None) -> None:
     enable_fusion(True, **ON_CPU)
+    assert "causal conv, SiLU" in seen(make_layer())[0]
+    enable_fusion(True, **ON_CPU, conv=False)
     assert "causal conv, SiLU" not in seen(make_layer())[0]
 
 

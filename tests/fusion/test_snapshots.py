@@ -114,10 +114,11 @@ class TestCodeForAGpu:
 
     pytestmark = needs_generation
 
-    def test_fused(self) -> None:
+    def test_without_the_conv(self) -> None:
+        """With `conv=False`."""
         pytest.importorskip("triton")
         assert_expected_inline(
-            generated("on"),
+            generated("tail"),
             """\
 launches:
 triton_poi
@@ -135,11 +136,11 @@ bfloat16[32768, 1024]
 Inductor's kernels: 79 MB, all: 1130 MB""",
         )
 
-    def test_whole(self) -> None:
-        """With `conv=True`: nothing is left between the two products but the op."""
+    def test_fused(self) -> None:
+        """Nothing is left between the two products but the op."""
         pytest.importorskip("triton")
         assert_expected_inline(
-            generated("whole"),
+            generated("on"),
             """\
 launches:
 triton_poi

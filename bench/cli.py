@@ -108,10 +108,14 @@ def _plan(args: argparse.Namespace, device: torch.device) -> measure.Plan:
     )
 
 
-def _collect(kind: str, args: argparse.Namespace, device: torch.device, made: Iterator[Row]) -> tuple[list[Row], bool]:
-    """Take rows as they come and write each at once. Ctrl-C ends the run, not what is finished."""
+def _collect(kind: str, args: argparse.Namespace, device: torch.device, made: Iterator[Row]) -> tuple[list[Row], int]:
+    """Take rows as they come and write each at once. Ctrl-C or a lost GPU ends the run, not what is finished.
+
+    Returns:
+        The rows, and OK or the exit code of what ended the run.
+    """
     rows: list[Row] = []
-    interrupted = False
+    ended = OK
     # The path is tried before the first measurement: a wrong one must not cost a run.
     with files.Writer(args.out or [_default_path(kind, device)]) as writer:
         try:
@@ -119,8 +123,12 @@ def _collect(kind: str, args: argparse.Namespace, device: torch.device, made: It
                 rows.append(row)
                 writer.append(row)
         except KeyboardInterrupt:
-            interrupted = True
-    return rows, interrupted
+            output.fail(f"interrupted; {len(rows)} finished rows are kept")
+            ended = INTERRUPTED
+        except measure.DeviceLost as e:
+            output.fail(f"{e}; {len(rows)} finished rows are kept")
+            ended = FAILED
+    return rows, ended
 
 
 def _show_collected(rows: list[Row], args: argparse.Namespace, paths: Sequence[Path]) -> None:
@@ -144,13 +152,11 @@ def _measure(args: argparse.Namespace) -> int:
         return OK
     args.out = args.out or [_default_path(args.command, device)]
     with output.progress() as on_run, memory.failing_when_full(device):
-        rows, interrupted = _collect(args.command, args, device, measure.run(plan, on_run))
-    if interrupted:
-        output.fail(f"interrupted; {len(rows)} finished rows are kept")
+        rows, ended = _collect(args.command, args, device, measure.run(plan, on_run))
     if rows:
         _show_collected(rows, args, args.out)
-    if interrupted:
-        return INTERRUPTED
+    if ended != OK:
+        return ended
     code = OK if any(row.status == "ok" for row in rows) else FAILED
     if any(row.status == "refused" for row in rows):
         code = FAILED  # something computes the wrong thing, whoever else is right
@@ -197,12 +203,11 @@ def _check(args: argparse.Namespace) -> int:
     )
     args.out = args.out or [_default_path("check", device)]
     with output.progress() as on_run, memory.failing_when_full(device):
-        rows, interrupted = _collect("check", args, device, check.run(plan, on_run))
+        rows, ended = _collect("check", args, device, check.run(plan, on_run))
     if rows:
         _show_collected(rows, args, args.out)
-    if interrupted:
-        output.fail(f"interrupted; {len(rows)} finished rows are kept")
-        return INTERRUPTED
+    if ended != OK:
+        return ended
     return OK if all(row.status == "ok" for row in rows) else FAILED
 
 

@@ -23,6 +23,10 @@ HEADS = ("Nq", "Nk", "Nv", "Nf", "Nw")
 Progress = Callable[[str, int, int], None]
 
 
+class DeviceLost(RuntimeError):
+    """A kernel read or wrote where it must not: CUDA then refuses everything that this process asks for."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What to measure."""
@@ -106,7 +110,13 @@ class _Group:
         self.failed[name] = columns["status"], columns["note"]
         self.problems.pop(name, None)
         if self.plan.device.type == "cuda":
-            torch.cuda.empty_cache()
+            try:
+                torch.cuda.empty_cache()
+            except RuntimeError as e:
+                raise DeviceLost(
+                    f"{name} left the GPU unusable to this process at {self.shape} ({columns['note']}); "
+                    f"nothing more can be measured. Start again without it or without this shape"
+                ) from e
 
     def build_and_gate(self, on_run: Progress) -> None:
         judges: dict[str, Judge] = {}

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -468,6 +469,36 @@ def test_ctrl_c_keeps_finished_rows(run, monkeypatch):
     assert "interrupted; 1 finished rows are kept" in err
     assert "median ms" in out
     assert len(run.rows()) == 1
+
+
+def test_a_lost_gpu_ends_the_run_in_one_line_and_keeps_what_is_finished(run, monkeypatch):
+    original = measure.run
+
+    def lost(plan, on_run):
+        yield next(original(plan, on_run))
+        raise measure.DeviceLost("xma left the GPU unusable")
+
+    monkeypatch.setattr(measure, "run", lost)
+    code, out, err = run("op", *SMALL, "--provider", "eager", "--runs", "1")
+    assert code == 1
+    assert "xma left the GPU unusable; 1 finished rows are kept" in err
+    assert "Traceback" not in err
+    assert "median ms" in out
+    assert len(run.rows()) == 1
+
+
+def test_a_kernel_that_breaks_the_context_is_named(monkeypatch):
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def broken():
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", broken)
+    shape = parse_shape("B1,T32768,N132,K64,V16")
+    plan = measure.Plan("op", [shape], [torch.bfloat16], None, ["forward"], torch.device("cuda"))
+    group = types.SimpleNamespace(plan=plan, shape=shape, failed={}, problems={})
+    with pytest.raises(measure.DeviceLost, match=r"^xma left the GPU unusable .*T32768.*without this shape$"):
+        measure._Group.fail(group, "xma", error)
 
 
 def test_an_interrupted_run_without_rows_leaves_no_file(run, monkeypatch):

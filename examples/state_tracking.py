@@ -34,7 +34,7 @@ TRAIN_LENGTH, TEST_LENGTH = 128, 4096
 LENGTHS = sorted({2**i for i in range(13)} | set(range(64, TEST_LENGTH + 1, 64)))
 ENOUGH = 0.7  # share of right training words at which training goes on to the next stage
 POLISHING = ((32, 0.4), (64, 0.7), (TRAIN_LENGTH, 1.0))  # length of words, up to which share of the steps
-SURE = 0.95  # share of right segments above which a carried state bears more noise
+SURE = 0.8  # share of right segments above which a carried state bears more noise
 CHECK = 25  # steps between looks at the training accuracy; also how many batches are drawn at once
 
 # -- the tasks ---------------------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from m2rnn_compile.deploy import build_runtime
 from m2rnn_compile.lowering import cpu
 from m2rnn_compile.lowering.cpu.build import BuildError
 from tests.export.helpers import export_layer, export_with_cache, make_layer, run_without_the_library
-from tests.fusion.compiling import fusion_on_cpu
+from tests.fusion.compiling import conv, fusion_on_cpu, inference_ops
 
-__all__ = ["fusion_on_cpu"]
+__all__ = ["conv", "fusion_on_cpu"]
 pytestmark = pytest.mark.skipif(cpu.availability() is not None, reason="no C++ compiler")
 
 
@@ -60,14 +60,25 @@ def test_layer_in_a_process_without_the_library(runtime: Path, package: Callable
 
 
 @pytest.mark.slow
-def test_a_fused_package_needs_the_library(runtime: Path, package: Callable[..., Path], fusion_on_cpu: None) -> None:
+def test_a_fused_package_needs_the_library(runtime: Path, package: Callable[..., Path], conv: bool) -> None:
     """It holds the fused op, which the runtime's library has not; torch names it."""
     layer, x = make_layer(), torch.randn(5, 70, 24)
-    path = package(export_layer(layer), "fused")
+    path = package(export_layer(layer), f"fused-{conv}")
     torch.testing.assert_close(torch._inductor.aoti_load_package(str(path))(x), layer(x).detach(), atol=1e-5, rtol=1e-4)
     code = "sys.stderr = sys.stdout\ntry:" + (LOAD + "model(torch.randn(5, 70, 24))\n").replace("\n", "\n    ")
     code += "\nexcept Exception as e:\n    print(type(e).__name__, e)"
-    assert "m2rnn::fused_scan_packed" in run_without_the_library(code, runtime, path)
+    (op,) = inference_ops(conv)
+    assert f"Could not find schema for m2rnn::{op}" in run_without_the_library(code, runtime, path)
+
+
+def test_the_runtime_has_the_two_plain_ops_and_none_of_the_fused(runtime: Path) -> None:
+    """As the docs say; a layer compiled with fusion on calls fused_scan_conv, or conv_silu and fused_scan_packed."""
+    code = (
+        "import torch\n"
+        "torch.ops.load_library(sys.argv[1])\n"
+        "print(sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith('m2rnn::')))"
+    )
+    assert run_without_the_library(code, runtime).strip() == "['m2rnn::scan', 'm2rnn::step']"
 
 
 @pytest.mark.slow

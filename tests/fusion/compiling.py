@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,22 +25,43 @@ def fusion_on_cpu() -> Iterator[None]:
     enable_fusion(**before._asdict())
 
 
+@pytest.fixture(params=[True, False], ids=["conv moves", "conv stays"])
+def conv(request: pytest.FixtureRequest, fusion_on_cpu: None) -> bool:
+    """Both settings of `conv`, the default and the other one."""
+    moves: bool = request.param
+    enable_fusion(True, **ON_CPU, **({} if moves else dict(conv=False)))
+    return moves
+
+
+def training_ops(conv: bool) -> list[str]:
+    """What the rewrite makes of a layer with a backward: the library's ops, in their order."""
+    return ["conv_silu", "fused_scan_packed"] if conv else ["fused_scan_packed"]
+
+
+def inference_ops(conv: bool) -> list[str]:
+    return ["fused_scan_conv"] if conv else ["fused_scan_packed"]
+
+
 class Rewriting:
     """A backend. Inductor's own way through the hook takes seconds a graph; this one takes none."""
 
     def __init__(self) -> None:
         self.records: list[FusionRecord] = []
         self.graphs: list[tuple[str, str]] = []  # before and after, as code
+        self.ops: list[list[str]] = []  # of this library, in each rewritten graph and the graphs inside of it
         self.compilations = 0
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
         self.compilations += 1
         before = gm.code.strip()
+        ops = []
         for module in gm.modules():
             if isinstance(module, torch.fx.GraphModule):
                 self.records += fuse(module.graph, fusion_switch.SETTINGS)
                 module.graph.lint()
                 module.recompile()
+                ops += re.findall(r"torch\.ops\.m2rnn\.(\w+)", module.code)
+        self.ops.append(ops)
         self.graphs.append((before, gm.code.strip()))
         return aot_eager(gm, example_inputs)
 

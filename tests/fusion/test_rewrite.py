@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m2rnn_compile import M2RNN, m2rnn
-from tests.fusion.compiling import Rewriting, fusion_on_cpu
+from m2rnn_compile.testing import assert_accurate
+from tests.fusion.compiling import Rewriting, conv, fusion_on_cpu, inference_ops, training_ops
 
-__all__ = ["fusion_on_cpu"]
+__all__ = ["conv", "fusion_on_cpu"]
 pytestmark = pytest.mark.usefixtures("fusion_on_cpu")
 
 B, T, N, K, V = 2, 11, 4, 5, 6
@@ -50,7 +51,12 @@ def scan(t: dict[str, Tensor]) -> Tensor:
 
 
 ALL = ["decay gate", "D ⊙ v", "SiLU(g)", "RMSNorm over N·V"]
-LAYER = ["q | k | v as one tensor", *ALL]
+
+
+def layer_parts(conv: bool) -> list[str]:
+    return [*(["causal conv, SiLU"] if conv else []), "q | k | v as one tensor", *ALL]
+
+
 SIGMOID = "sigmoid forget gate"
 VARIANTS: dict[str, tuple[Code, list[str]]] = {
     "paper": (lambda t: paper(**t), ALL),
@@ -184,9 +190,15 @@ def test_a_state_that_is_used_before_the_gate_is_computed() -> None:
     assert backend.parts() == [SIGMOID, "SiLU(g)"]
 
 
-@pytest.mark.parametrize("heads", [{}, dict(num_v_heads=2, num_g_heads=1), dict(num_q_heads=4, num_f_heads=2)])
-def test_the_layer(heads: dict[str, int]) -> None:
+def make_layer(**heads: int) -> M2RNN:
     layer = M2RNN(24, num_heads=4, key_dim=8, value_dim=4, **heads)
+    torch.nn.init.normal_(layer.conv1d.weight, std=0.5)  # or what the taps contribute could go missing unseen
+    return layer
+
+
+@pytest.mark.parametrize("heads", [{}, dict(num_v_heads=2, num_g_heads=1), dict(num_q_heads=4, num_f_heads=2)])
+def test_the_layer(heads: dict[str, int], conv: bool) -> None:
+    layer = make_layer(**heads)
     backend = Rewriting()
     x = torch.randn(2, 9, 24, requires_grad=True)
     compiled = torch.compile(layer, backend=backend, fullgraph=True)
@@ -197,7 +209,8 @@ def test_the_layer(heads: dict[str, int]) -> None:
         strict=True,
     ):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
-    assert backend.parts() == LAYER
+    assert backend.parts() == layer_parts(conv)
+    assert backend.ops == [training_ops(conv)]
 
 
 def test_the_layer_with_a_cache_packed_and_padded() -> None:
@@ -218,60 +231,86 @@ def test_the_layer_with_a_cache_packed_and_padded() -> None:
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["around", "inside"])
-def test_autocast_writes_the_low_dtype_for_the_projection(inside: bool) -> None:
-    layer = M2RNN(24, num_heads=4, key_dim=8, value_dim=4)
-    x = torch.randn(2, 9, 24)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_autocast_writes_the_low_dtype_for_the_projection(packed: bool, inside: bool, conv: bool) -> None:
+    layer = make_layer()
+    x = torch.randn(1 if packed else 2, 9, 24, requires_grad=True)
+    options = dict(cu_seqlens=torch.tensor([0, 1, 3, 9])) if packed else {}
+    do = torch.randn(x.shape)
+    parameters = dict(layer.named_parameters(), dx=x)
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor, **options: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=inside):
-            return layer(x)
+            o: Tensor = layer(x, **options)
+            return o
+
+    def results(fn: Callable[..., Tensor], low: bool = True) -> dict[str, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            o = fn(x, **options)
+        grads = torch.autograd.grad(o, list(parameters.values()), do.to(o.dtype))
+        return {"y": o.detach(), **dict(zip(parameters, grads, strict=True))}
 
     backend = Rewriting()
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = layer(x)
-        got = torch.compile(forward if inside else layer, backend=backend, fullgraph=True)(x)
-    assert got.dtype == expected.dtype == torch.bfloat16
-    torch.testing.assert_close(got, expected, atol=1e-2, rtol=2e-2)
-    assert backend.parts() == LAYER
+    eager = results(layer)
+    got = results(torch.compile(forward if inside else layer, backend=backend, fullgraph=True))
+    assert got["y"].dtype == torch.bfloat16
+    assert {n: t.dtype for n, t in got.items()} == {n: t.dtype for n, t in eager.items()}
+    assert_accurate(got, results(layer, low=False), eager, slices=1)
+    assert backend.parts() == layer_parts(conv)
+    assert backend.ops == [training_ops(conv)]
     assert "'bfloat16', 64" in backend.graphs[0][1]  # out_dtype, chunk
 
 
-def test_at_most_two_compilations_over_ten_lengths() -> None:
-    layer = M2RNN(24, num_heads=4, key_dim=8, value_dim=4)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_at_most_two_compilations_over_ten_lengths(training: bool, conv: bool) -> None:
+    layer = make_layer()
     backend = Rewriting()
     compiled = torch.compile(layer, backend=backend, fullgraph=True)
-    for i, length in enumerate((16, 5, 33, 64, 2, 65, 7, 100, 31, 12)):
-        x = torch.randn(2 + i % 3, length, 24, requires_grad=True)
-        y = compiled(x)
-        y.square().sum().backward()
-        torch.testing.assert_close(y, layer(x), atol=1e-5, rtol=1e-4)
+    with torch.set_grad_enabled(training):
+        for i, length in enumerate((16, 5, 33, 64, 2, 65, 7, 100, 31, 12)):
+            x = torch.randn(2 + i % 3, length, 24, requires_grad=training)
+            got, expected = compiled(x), layer(x)
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+            if training:
+                leaves = [x, *layer.parameters()]
+                for a, b in zip(*(torch.autograd.grad(y.square().sum(), leaves) for y in (got, expected)), strict=True):
+                    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     assert backend.compilations <= 2
-    assert all(list(r.fused) == LAYER for r in backend.records)
+    assert all(list(r.fused) == layer_parts(conv) and r.training == training for r in backend.records)
+    assert all(ops == (training_ops if training else inference_ops)(conv) for ops in backend.ops)
 
 
-def test_dynamic_true() -> None:
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_dynamic_true(training: bool, conv: bool) -> None:
     """Dynamo makes a symbol of the norm's eps then, which the op takes like a number."""
-    layer = M2RNN(24, num_heads=4, key_dim=8, value_dim=4)
+    layer = make_layer()
     backend = Rewriting()
     compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
-    for length in (9, 20):
-        x = torch.randn(2, length, 24)
-        torch.testing.assert_close(compiled(x), layer(x), atol=1e-5, rtol=1e-4)
+    with torch.set_grad_enabled(training):
+        for length in (9, 20):
+            x = torch.randn(2, length, 24)
+            torch.testing.assert_close(compiled(x), layer(x), atol=1e-5, rtol=1e-4)
     assert backend.compilations <= 2
-    assert all(list(r.fused) == LAYER for r in backend.records)
+    assert all(list(r.fused) == layer_parts(conv) for r in backend.records)
+    assert all(ops == (training_ops if training else inference_ops)(conv) for ops in backend.ops)
 
 
-def test_activation_checkpointing() -> None:
+def test_activation_checkpointing(conv: bool) -> None:
     from torch.utils.checkpoint import checkpoint
 
-    layer = M2RNN(24, num_heads=4, key_dim=8, value_dim=4)
+    layer = make_layer()
     backend = Rewriting()
     compiled = torch.compile(lambda x: checkpoint(layer, x, use_reentrant=False), backend=backend, fullgraph=True)
     x = torch.randn(2, 9, 24, requires_grad=True)
-    (got,) = torch.autograd.grad(compiled(x).square().sum(), x)
-    (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
-    assert backend.parts() == LAYER
+    leaves = [x, *layer.parameters()]
+    for got, expected in zip(
+        torch.autograd.grad(compiled(x).square().sum(), leaves),
+        torch.autograd.grad(layer(x).square().sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    assert backend.parts() == layer_parts(conv)
+    assert backend.ops == [training_ops(conv)]
 
 
 def test_inside_of_vmap_the_scan_stays() -> None:

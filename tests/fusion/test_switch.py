@@ -25,11 +25,11 @@ import m2rnn_compile
 from m2rnn_compile import M2RNN, enable_fusion, explain, m2rnn
 from m2rnn_compile.lowering.inductor import hook
 from m2rnn_compile.ops import fusion_switch
-from tests.fusion.compiling import ON_CPU, Rewriting, fusion_on_cpu
+from tests.fusion.compiling import ON_CPU, Rewriting, conv, fusion_on_cpu
 from tests.fusion.composed import make_fused
 
-__all__ = ["fusion_on_cpu"]
-ALL = ("q | k | v as one tensor", "decay gate", "D ⊙ v", "SiLU(g)", "RMSNorm over N·V")
+__all__ = ["conv", "fusion_on_cpu"]
+ALL = ("causal conv, SiLU", "q | k | v as one tensor", "decay gate", "D ⊙ v", "SiLU(g)", "RMSNorm over N·V")
 
 
 def make_layer() -> M2RNN:
@@ -56,7 +56,7 @@ def training_step(fn: Any, layer: nn.Module, x: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(fn(x).square().sum(), list(layer.parameters())))
 
 
-def test_inductor_gets_the_fused_op_without_a_flag(fusion_on_cpu: None) -> None:
+def test_inductor_gets_the_fused_op_without_a_flag(conv: bool) -> None:
     """Training, inference, another length; then off: the bits of a torch without our pass."""
     layer = make_layer()
     compiled = torch.compile(layer, fullgraph=True)
@@ -65,7 +65,11 @@ def test_inductor_gets_the_fused_op_without_a_flag(fusion_on_cpu: None) -> None:
         hook.RECORDS.clear()
         for a, b in zip(training_step(compiled, layer, x), training_step(layer, layer, x), strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-        assert [r.fused for r in hook.RECORDS] == [ALL]
+        assert [(r.fused, r.training) for r in hook.RECORDS] == [(ALL if conv else ALL[1:], True)]
+        hook.RECORDS.clear()
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), layer(x), atol=1e-5, rtol=1e-4)
+        assert [(r.fused, r.training) for r in hook.RECORDS] == [(ALL if conv else ALL[1:], False)]
     enable_fusion(False)
     hook.RECORDS.clear()
     off = [compiled(x), *training_step(compiled, layer, x)]
@@ -352,8 +356,12 @@ def test_explain_says_what_and_why_not(fusion_on_cpu: None) -> None:
     assert "RMSNorm over N·V" in str(report)
     with torch.no_grad():
         assert not explain(layer, x).scans[0].training
+    enable_fusion(True, **ON_CPU, conv=False)
+    assert explain(layer, x).scans[0].fused == ALL[1:]
     enable_fusion(True, devices=("cpu",))
     assert explain(layer, x).scans[0].left[-1].startswith("decay gate: one small pass either way")
+    with torch.no_grad():  # where one op takes the convolution, it takes the gate too
+        assert explain(layer, x).scans[0].fused == ALL
     enable_fusion(True)
     assert explain(layer, x).scans[0].left[0].startswith("D ⊙ v, SiLU(g), RMSNorm over N·V: on cpu")
     enable_fusion(False)

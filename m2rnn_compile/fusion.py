@@ -145,11 +145,11 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> FusionReport:
         for module in gm.modules():
             if not isinstance(module, torch.fx.GraphModule):
                 continue
-            normalize(module.graph)
             if fusion_switch.SETTINGS.enabled:
                 found.extend(fuse(module.graph, fusion_switch.SETTINGS))
                 module.recompile()
             else:
+                normalize(module.graph)
                 scans = [n for n in module.graph.nodes if n.target is SCAN]
                 training = [scan_arguments(n).chunk != 0 for n in scans]
                 off = ("fusion is off",)

@@ -42,7 +42,9 @@ def generated(mode: str) -> str:
 def test_fused() -> None:
     """Forward: nothing T-sized between the products but what ops return. Backward: the gradients of q, k and v are put
     side by side, D ⊙ dy added on the way, and those of the projection's parts once more: the two passes left."""
-    assert_expected_inline(generated("on"), """\
+    assert_expected_inline(
+        generated("on"),
+        """\
 forward:
 cpp_fused
 extern_kernels.mm
@@ -70,11 +72,14 @@ bfloat16[32768, 1344]
 bfloat16[8, 4096, 1472]
 bfloat16[8, 4096, 2944]
 bfloat16[32768, 1024]
-187 MB""")
+187 MB""",
+    )
 
 
 def test_opaque() -> None:
-    assert_expected_inline(generated("off"), """\
+    assert_expected_inline(
+        generated("off"),
+        """\
 forward:
 cpp_fused
 extern_kernels.mm
@@ -110,7 +115,8 @@ float32[8, 4096, 1472]
 float32[8, 4096, 1472]
 bfloat16[8, 4099, 1472]
 bfloat16[32768, 1024]
-1004 MB""")
+1004 MB""",
+    )
 
 
 def test_a_seeded_fault_brings_a_pass_back() -> None:

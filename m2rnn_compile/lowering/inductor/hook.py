@@ -74,10 +74,8 @@ def _make_pass(earlier: Any) -> Any:
             if earlier is not None:
                 earlier(graph)
             if fusion_switch.SETTINGS.enabled:
-                from .normalize import normalize
                 from .rewrite import fuse
 
-                normalize(graph)
                 RECORDS.extend(fuse(graph, fusion_switch.SETTINGS))
 
         def uuid(self) -> Any:

@@ -24,6 +24,7 @@ from ...ops.validation import check_fused
 from .match import Match, match
 from .match_conv import Conv, match_conv
 from .nodes import SCAN, is_check, label, name, scan_arguments, users, value
+from .normalize import normalize
 from .obstacles import obstacle, writes
 
 FUSED_SCAN = torch.ops.m2rnn.fused_scan.default
@@ -55,6 +56,7 @@ class FusionRecord:
 
 def fuse(graph: Graph, settings: FusionSettings) -> list[FusionRecord]:
     """Rewrite every scan of the graph where that is possible and pays. What fails here leaves its scan opaque."""
+    normalize(graph)
     functorch = any(label(n).endswith("_increment_nesting") for n in graph.nodes)  # torch.vmap, torch.func.grad, ...
     records, failures = [], []
     for scan in [n for n in graph.nodes if n.op == "call_function" and n.target is SCAN]:

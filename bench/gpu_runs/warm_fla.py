@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fill Triton's cache with what fla's autotuner tries for Gated DeltaNet: one process takes two minutes over it.
 
-Here several processes compile a share of the configurations each, for 2 and 3 heads of K 256 and V 512. Nothing is
-chosen: the run itself tunes at its own sizes, on a GPU that is not busy, from the cache.
+Here several processes compile a share of the configurations each. Nothing is chosen: the run itself tunes at its own
+sizes, on a GPU that is not busy, from the cache.
 
-    FLA_CACHE_RESULTS=0 python3 bench/gpu_runs/warm_fla.py SHARE SHARES
+    FLA_CACHE_RESULTS=0 python3 bench/gpu_runs/warm_fla.py SHARE SHARES [B,H,K,V ...]
+
+Without sizes: those of A to D of `python -m bench op` and of the gate of `python -m bench.training`. Those of
+`examples/layer_swap.py --preset h200` are 64,2,96,192 (training) and 1,2,96,192 (evaluation).
 """
 
 import os
@@ -16,6 +19,10 @@ import torch
 import torch.nn.functional as F
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 from triton.runtime.autotuner import Autotuner
+
+# Some kernels are compiled for a batch size: A and D, B, C, the gate.
+SIZES = ((8, 2, 256, 512), (4, 3, 256, 512), (1, 3, 256, 512), (2, 2, 256, 512))
+T = 512
 
 
 def autotuners() -> list[Autotuner]:
@@ -32,10 +39,10 @@ def autotuners() -> list[Autotuner]:
 
 def main() -> None:
     share, shares = int(sys.argv[1]), int(sys.argv[2])
+    sizes = [tuple(map(int, text.split(","))) for text in sys.argv[3:]] or SIZES
     for tuner in autotuners():
         tuner.configs = tuner.configs[share::shares] or tuner.configs[:1]
-    T, K, V = 512, 256, 512
-    for B, H in ((8, 2), (4, 3), (1, 3)):  # A and D, B, C: some kernels are compiled for a batch size
+    for B, H, K, V in sizes:
         new = lambda *size: torch.randn(*size, device="cuda").bfloat16()
         q, k = (F.normalize(new(B, T, H, K).float(), dim=-1).bfloat16().requires_grad_() for _ in range(2))
         v, beta = new(B, T, H, V).requires_grad_(), new(B, T, H).sigmoid().detach().requires_grad_()
@@ -44,7 +51,7 @@ def main() -> None:
             y = chunk_gated_delta_rule(q, k, v, g, beta)[0]
             y.backward(torch.randn_like(y))
         except Exception as e:  # a share whose configurations all fail; the run will say more
-            print("warm_fla", share, H, type(e).__name__, str(e)[:200], file=sys.stderr)
+            print("warm_fla", share, B, H, type(e).__name__, str(e)[:200], file=sys.stderr)
     torch.cuda.synchronize()
 
 

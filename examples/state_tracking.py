@@ -710,7 +710,7 @@ def plan(preset: str, steps: float) -> Iterator[tuple[str, str, Setting, int]]:
         for model in variants:
             yield "S3", model, Setting(scale(1500), 2048, 200, scale(2000)), 3
         return
-    long, short = (Setting(scale(n), 8192, 1000, scale(second)) for n, second in ((6000, 30000), (3000, 8000)))
+    long, short = (Setting(scale(n), 8192, 1000, scale(second)) for n, second in ((6000, 40000), (3000, 8000)))
     for task, setting in (("S5", long), ("S3", short)):
         yield task, RECOMMENDED, setting, 3
     for model in ("tracking, 4 heads", "tracking, noise to 0.15", "tracking, no noise", "tracking, polished"):

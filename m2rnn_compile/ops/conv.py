@@ -96,7 +96,8 @@ def _lowering(x: Tensor, weight: Tensor) -> Any:
 
 
 @torch.library.impl(LIB, "conv_silu", "CompositeExplicitAutograd")
-def _conv_kernel(x: Tensor, weight: Tensor, position: Tensor | None) -> Tensor:
+def run(x: Tensor, weight: Tensor, position: Tensor | None) -> Tensor:
+    """The op's kernel."""
     check_conv(x, weight, position)
     lowering = _lowering(x, weight)
     y = conv_silu(x, weight, position) if lowering is None else lowering.conv_silu(x, weight, position)
@@ -104,11 +105,12 @@ def _conv_kernel(x: Tensor, weight: Tensor, position: Tensor | None) -> Tensor:
 
 
 @torch.library.impl(LIB, "conv_silu_backward", "CompositeExplicitAutograd")
-def _conv_backward_kernel(dy: Tensor, x: Tensor, weight: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor]:
+def run_backward(dy: Tensor, x: Tensor, weight: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The backward op's kernel."""
     check_conv(x, weight, position)
     lowering = _lowering(x, weight)
-    run = conv_silu_backward if lowering is None else lowering.conv_silu_backward
-    dx, dweight = run(dy, x, weight, position)
+    backward = conv_silu_backward if lowering is None else lowering.conv_silu_backward
+    dx, dweight = backward(dy, x, weight, position)
     return dx, dweight.contiguous()
 
 

@@ -57,12 +57,27 @@ def fused_scan_packed_flops(qkv: Any, sizes: Any, f: Any, W: Any, *args: Any, **
     return scan_flops((B, T, Nq, K), (B, T, Nk, K), (B, T, Nv, V), f, W)
 
 
+def fused_mixer_flops(x: Any, conv: Any, position: Any, sizes: Any, W: Any, *args: Any, **kwargs: Any) -> int:
+    """`scan_flops` with q | k | v, f and g in one tensor."""
+    return fused_scan_packed_flops(x, sizes[:5], (*x[:2], sizes[5]), W)
+
+
+def fused_mixer_backward_flops(
+    do: Any, dh: Any, x: Any, conv: Any, position: Any, sizes: Any, W: Any, *args: Any, **kwargs: Any
+) -> int:
+    """`scan_backward_flops`; the rest is pointwise work."""
+    (B, T, _), (Nq, Nk, Nv, K, V, Nf) = x, sizes[:6]
+    return scan_backward_flops(do, dh, (B, T, Nq, K), (B, T, Nk, K), (B, T, Nv, V), (B, T, Nf), W)
+
+
 def _register(flop_counter: ModuleType) -> None:
     formulas = {
         torch.ops.m2rnn.scan: scan_flops,
         torch.ops.m2rnn.scan_backward: scan_backward_flops,
         torch.ops.m2rnn.fused_scan: fused_scan_flops,
         torch.ops.m2rnn.fused_scan_packed: fused_scan_packed_flops,
+        torch.ops.m2rnn.fused_mixer: fused_mixer_flops,
+        torch.ops.m2rnn.fused_mixer_backward: fused_mixer_backward_flops,
         torch.ops.m2rnn.step: step_flops,
         torch.ops.m2rnn.decode_step: decode_step_flops,
     }

@@ -195,7 +195,8 @@ def _tail_kernels(lowering: ModuleType) -> ModuleType | None:
 
 
 @torch.library.impl(LIB, "fused_scan", "CompositeExplicitAutograd")
-def _fused_scan_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def run(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The op's kernel."""
     (q, k, v, f, W, A_log, dt_bias, D, g, norm_weight, initial_state, cu_seqlens, clip,
      forget, activation, norm, norm_eps, named, chunk, impl) = args  # fmt: skip
     out_dtype = dtype_named(named)
@@ -286,10 +287,11 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _fused_vjp(ctx: Any, do: Tensor | None, dfinal_state: Tensor | None, *_: None) -> tuple[Any, ...]:
-    return _gradients(ctx, ctx.saved_tensors, do, dfinal_state)
+    return gradients(ctx, ctx.saved_tensors, do, dfinal_state)
 
 
-def _gradients(ctx: Any, saved: tuple[Any, ...], do: Tensor | None, dfinal_state: Tensor | None) -> tuple[Any, ...]:
+def gradients(ctx: Any, saved: tuple[Any, ...], do: Tensor | None, dfinal_state: Tensor | None) -> tuple[Any, ...]:
+    """Of everything in `saved` up to the initial state, and nine times None; `ctx` holds the options."""
     (q, k, v, f, W, A_log, dt_bias, D, g, norm_weight, initial_state, cu_seqlens, y, rstd, checkpoints) = saved
     if do is None and dfinal_state is None:
         return (None,) * 20
@@ -342,9 +344,14 @@ def unpack(qkv: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     return q.unflatten(-1, (Nq, K)), k.unflatten(-1, (Nk, K)), v.unflatten(-1, (Nv, V))
 
 
+def pack(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The reverse of `unpack`."""
+    return torch.cat([q.flatten(2), k.flatten(2), v.flatten(2)], -1)
+
+
 @torch.library.impl(LIB, "fused_scan_packed", "CompositeExplicitAutograd")
 def _packed_kernel(qkv: Tensor, sizes: list[int], *rest: Any) -> tuple[Tensor, ...]:
-    return _fused_scan_kernel(*unpack(qkv, sizes), *rest)
+    return run(*unpack(qkv, sizes), *rest)
 
 
 @torch.library.register_fake("m2rnn::fused_scan_packed", lib=LIB)
@@ -359,22 +366,21 @@ def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _packed_vjp(ctx: Any, do: Tensor | None, dfinal_state: Tensor | None, *_: None) -> tuple[Any, ...]:
     qkv, *rest = ctx.saved_tensors
-    dq, dk, dv, *others = _gradients(ctx, (*unpack(qkv, ctx.sizes), *rest), do, dfinal_state)
-    dqkv = None if dq is None else torch.cat([dq.flatten(2), dk.flatten(2), dv.flatten(2)], -1)
-    return dqkv, None, *others
+    dq, dk, dv, *others = gradients(ctx, (*unpack(qkv, ctx.sizes), *rest), do, dfinal_state)
+    return None if dq is None else pack(dq, dk, dv), None, *others
 
 
 torch.library.register_autograd("m2rnn::fused_scan_packed", _packed_vjp, setup_context=_save_packed, lib=LIB)
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+def no_double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     raise NotImplementedError(
         "m2rnn: the fused scan cannot be differentiated twice (its backward has no derivative). "
         "Use m2rnn(..., impl='reference') with the gates written out in torch"
     )
 
 
-torch.library.register_autograd("m2rnn::fused_tail_backward", _no_double_backward, lib=LIB)
+torch.library.register_autograd("m2rnn::fused_tail_backward", no_double_backward, lib=LIB)
 
 # As for the scan: f, the gate's and the norm's parameters and the state keep their dtype.
 register_autocast("fused_scan", _fused_scan, low=(0, 1, 2, 4))

@@ -69,6 +69,13 @@ def load_fused(lowering: ModuleType) -> ModuleType | None:
     return None if name is None else importlib.import_module(name)
 
 
+@functools.lru_cache(None)
+def load_mixer(lowering: ModuleType) -> ModuleType | None:
+    """The kernels that a lowering has for the backward of the fused mixer, or None: then it is put together."""
+    name = getattr(lowering, "MIXER", None)
+    return None if name is None else importlib.import_module(name)
+
+
 def why_not(name: str, device: torch.device, tensors: tuple[Tensor | None, ...]) -> str | None:
     """The reason why implementation `name` cannot run on these tensors, or None when it can."""
     row = IMPLEMENTATIONS[name]

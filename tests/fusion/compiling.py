@@ -35,7 +35,7 @@ def conv(request: pytest.FixtureRequest, fusion_on_cpu: None) -> bool:
 
 def training_ops(conv: bool) -> list[str]:
     """What the rewrite makes of a layer with a backward: the library's ops, in their order."""
-    return ["conv_silu", "fused_scan_packed"] if conv else ["fused_scan_packed"]
+    return ["fused_mixer"] if conv else ["fused_scan_packed"]
 
 
 def inference_ops(conv: bool) -> list[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs `interpreted_fused.py` under Triton's interpreter, in a process where nothing else has imported Triton."""
+"""Runs `interpreted_fused.py` and `interpreted_mixer.py` under Triton's interpreter, in a process where nothing else has imported Triton."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 
-def test_kernels_under_the_interpreter() -> None:
+@pytest.mark.parametrize("cases", ["interpreted_fused.py", "interpreted_mixer.py"])
+def test_kernels_under_the_interpreter(cases: str) -> None:
     pytest.importorskip("triton")
-    cases = Path(__file__).with_name("interpreted_fused.py")
+    file = Path(__file__).with_name(cases)
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(cases)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(file)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout

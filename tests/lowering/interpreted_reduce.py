@@ -42,6 +42,30 @@ def test_one(case: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(s.out, want, equal_nan=True)
 
 
+@pytest.mark.parametrize("beside", [1, 6, 64])
+@pytest.mark.parametrize("case", ["q of 84 heads", "v over blocks", "odd sizes"])
+def test_columns_of_a_larger_tensor(case: str, beside: int) -> None:
+    """Written to heads · D columns of [B, T, P]; the others stay as they are."""
+    s, want = made(*CASES[case], torch.float32)
+    heads, D = s.out.shape[2:]
+    whole = torch.full((B, T, heads * D + beside), 3.0)
+    first = beside // 2
+    out = whole[..., first : first + heads * D].unflatten(-1, (heads, D)).copy_(s.out)
+    for run in (add, lambda s, *window: add_all([s, s], *window)):
+        run(s._replace(out=out), WINDOW, T_FIRST)
+        torch.testing.assert_close(out, want, equal_nan=True)
+        assert (whole[..., :first] == 3).all()
+        assert (whole[..., first + heads * D :] == 3).all()
+        out.fill_(torch.nan)
+
+
+def test_something_more_is_added() -> None:
+    s, want = made(*CASES["v over blocks"], torch.float32)
+    scale, plus = torch.randn(6, 16), torch.randn(B, T, 6, 16)
+    add(s._replace(scale=scale, plus=plus), WINDOW, T_FIRST)
+    torch.testing.assert_close(s.out, want + scale * plus, equal_nan=True)
+
+
 @pytest.mark.parametrize("count", [1, 3, 4])
 def test_all_at_once_equal_one_by_one(count: int) -> None:
     torch.manual_seed(0)

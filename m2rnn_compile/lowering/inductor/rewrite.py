@@ -23,6 +23,7 @@ from ...ops.library import name_of
 from ...ops.validation import check_fused
 from .match import Match, match
 from .match_conv import Conv, match_conv
+from .match_projection import Projection, match_projection
 from .nodes import SCAN, is_check, label, name, scan_arguments, users, value
 from .normalize import normalize
 from .obstacles import obstacle, writes
@@ -30,6 +31,7 @@ from .obstacles import obstacle, writes
 FUSED_SCAN = torch.ops.m2rnn.fused_scan.default
 FUSED_SCAN_PACKED = torch.ops.m2rnn.fused_scan_packed.default
 FUSED_SCAN_CONV = torch.ops.m2rnn.fused_scan_conv.default
+FUSED_MIXER = torch.ops.m2rnn.fused_mixer.default
 CONV_SILU = torch.ops.m2rnn.conv_silu.default
 
 
@@ -84,8 +86,15 @@ def fuse(graph: Graph, settings: FusionSettings) -> list[FusionRecord]:
 
 def _fuse_one(graph: Graph, scan: Node, settings: FusionSettings) -> FusionRecord:
     m = match(scan)
-    # Without a backward, one op can do all of it.
-    whole = settings.conv and m.qkv is not None and scan_arguments(scan).chunk == 0
+    training = scan_arguments(scan).chunk != 0
+    conv: Conv | str = match_conv(m.qkv) if m.qkv is not None and settings.conv else ""
+    if isinstance(conv, Conv):
+        conv = _conv_why_not(conv) or conv
+    found = conv if isinstance(conv, Conv) else None
+    # One op can do all of it: without a backward, or where all that it reads is columns of one tensor.
+    whole = settings.conv and m.qkv is not None
+    if training:
+        whole = whole and isinstance(match_projection(m, found), Projection)
     if m.forget != "none" and not settings.prologue and not whole:
         m = m.without_prologue(f"{m.prologue_parts()[0]}: one small pass either way, left to the compiler")
     elif m.prologue_stopped:
@@ -99,21 +108,23 @@ def _fuse_one(graph: Graph, scan: Node, settings: FusionSettings) -> FusionRecor
     left, parts = [], m.prologue_parts() + tail
     if m.stopped:
         left.append(f"behind the tail: {m.stopped}")
-    conv: Conv | str = match_conv(m.qkv) if m.qkv is not None and settings.conv else ""
-    if isinstance(conv, Conv):
-        conv = _conv_why_not(conv) or conv
     if m.prologue_stopped:
         left.append(m.prologue_stopped)
     if m.qkv is not None:
         parts.insert(0, "q | k | v as one tensor")
-    if isinstance(conv, Conv):
+    if found is not None:
         parts.insert(0, "causal conv, SiLU")
     elif conv:
         left.append(f"in front of q | k | v: {conv}")
+    projection: Projection | str = match_projection(m, found) if training and whole else ""
+    if isinstance(projection, Projection):
+        parts.insert(0, "gradients of one projection")
     record = _record(scan, m, parts, left)
     fused = _replace(graph, m)
-    whole = whole and all(user.args[1] in (0, 1) for user in fused.users)
-    found = conv if isinstance(conv, Conv) else None
+    if isinstance(projection, Projection):
+        _replace_all(graph, fused, projection, found)
+        return record
+    whole = whole and not training and all(user.args[1] in (0, 1) for user in fused.users)
     if found is not None and not (whole and _can_absorb(found, fused)):
         _replace_conv(graph, found)
         found = None
@@ -295,6 +306,25 @@ def _replace_whole(graph: Graph, fused: Node, conv: Conv | None) -> None:
         _erase_dead(graph, conv.last)
 
 
+def _replace_all(graph: Graph, fused: Node, projection: Projection, conv: Conv | None) -> None:
+    """The op that takes the whole projection in the place of the one that takes its parts."""
+    qkv, _, f, W, A_log, dt_bias, D, g, *rest = fused.args
+    start = (None, None) if conv is None else (conv.weight, conv.position)
+    with graph.inserting_before(fused):
+        made = graph.call_function(
+            FUSED_MIXER, (projection.x, *start, projection.sizes, W, A_log, dt_bias, D, *rest)
+        )
+    o, state, y, rstd, checkpoints = fused.meta["example_value"]
+    made.meta = {**fused.meta, "example_value": (o, state, y.new_empty(0), y, rstd, checkpoints)}
+    for output in list(fused.users):
+        output.args = (made, {0: 0, 1: 1, 4: 5}[output.args[1]])
+    graph.erase_node(fused)
+    _sort(graph)
+    for part in (qkv, f, g):
+        if isinstance(part, Node):
+            _erase_dead(graph, part)
+
+
 def _replace_conv(graph: Graph, conv: Conv) -> None:
     with graph.inserting_before(conv.last):
         made = graph.call_function(CONV_SILU, (conv.x, conv.weight, conv.position))
@@ -343,7 +373,7 @@ def _erase_dead(graph: Graph, n: Node) -> None:
         todo += inputs
     for getter in [x for x in graph.nodes if x.target is operator.getitem and not users(x)]:
         source = getter.args[0]
-        if isinstance(source, Node) and source.target in (SCAN, FUSED_SCAN, FUSED_SCAN_PACKED):
+        if isinstance(source, Node) and source.target in (SCAN, FUSED_SCAN, FUSED_SCAN_PACKED, FUSED_MIXER):
             for check in list(getter.users):
                 graph.erase_node(check)
             graph.erase_node(getter)

@@ -33,6 +33,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 MAX_V = 128
 FUSED = "m2rnn_compile.lowering.triton.fused"  # where the kernels of the fused scan's tail are, see ops/fused.py
+MIXER = "m2rnn_compile.lowering.triton.fused_mixer"  # where the backward of the fused mixer is, see ops/fused_mixer.py
 # Backward's partials of one window of time: larger is faster, and its size adds to the peak (docs/kernel-notes.md, 48).
 WINDOW_BYTES = 144 * 2**20
 # Steps between two states that the Gluon forward keeps: 16-bit, so two of them fill one fp32 checkpoint of the op.
@@ -192,8 +193,14 @@ def scan_backward(
     hardware_tanh: bool | None = None,
     window_bytes: int = WINDOW_BYTES,
     gluon: bool | None = None,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
+    D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of everything, window of time by window; see docs/design.md and `backward.py`."""
+    """Gradients of everything, window of time by window; see docs/design.md and `backward.py`.
+
+    For `fused_mixer.py`: `into` are dq, dk and dv to write, rows of heads in a larger tensor each; with D [N, V] dv is
+    that of v in y + D ⊙ v too, D ⊙ dy being added where its partials are. That takes a v with N heads, and dy.
+    """
     B, T, _, K = q.shape
     V = v.shape[3]
     N = max(q.shape[2], k.shape[2], v.shape[2], f.shape[2], W.shape[0])
@@ -210,7 +217,9 @@ def scan_backward(
     blocks = triton.cdiv(K, config.rows)
     groups = _groups(N, q, k, v, f, W)
 
-    dq, dk, dv, df = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, f))
+    empty = lambda x: torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    (dq, dk, dv), df = into or (empty(q), empty(k), empty(v)), empty(f)
+    D = None if D is None else D.contiguous()
     carry = v.new_zeros(S, N, K, V, dtype=torch.float32)
     if dfinal_state is not None:
         carry.copy_(dfinal_state)
@@ -282,7 +291,7 @@ def scan_backward(
             sums = [Sum(p_q, dq, groups["Gq"], 1)] if dy is not None else []
             sums += [
                 Sum(p_k, dk, groups["Gk"], 1),
-                Sum(p_v, dv, groups["Gv"], blocks),
+                Sum(p_v, dv, groups["Gv"], blocks, D, None if D is None else dy),
                 Sum(p_f, df, groups["Gf"], blocks),
             ]
             add_all(sums, window, t_first)

@@ -115,8 +115,8 @@ def conv_forward_kernel(
 
 
 @triton.jit
-def backward_step(x0, x1, x2, x3, dy, t, d1, d2, d3, s0, s1, s2, s3, w0, w1, w2, w3, position_ptr, dx_at, T,
-                  first, last, ok, C: tl.constexpr, PACKED: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+def backward_step(x0, x1, x2, x3, dy, t, d1, d2, d3, s0, s1, s2, s3, w0, w1, w2, w3, position_ptr, dx_at, dx_st, T,
+                  first, last, ok, PACKED: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
     """d1, d2, d3: what is known of dx_{t-1}, dx_{t-2}, dx_{t-3}. s0 to s3: sums for the weight, over own steps."""
     a, x0, x1, x2, x3 = convolve(x0, x1, x2, x3, t, w0, w1, w2, w3, position_ptr, T, PACKED)
     s = logistic(a, FAST)
@@ -127,7 +127,7 @@ def backward_step(x0, x1, x2, x3, dy, t, d1, d2, d3, s0, s1, s2, s3, w0, w1, w2,
     s2 += own * x2
     s3 += own * x3
     d3 += within(da, t, position_ptr, 3, T, PACKED) * w3
-    tl.store(dx_at + (t - 3) * C, d3.to(dx_at.dtype.element_ty), mask=in_range(ok, t - 3, first, last))
+    tl.store(dx_at + (t - 3) * dx_st, d3.to(dx_at.dtype.element_ty), mask=in_range(ok, t - 3, first, last))
     d2 += within(da, t, position_ptr, 2, T, PACKED) * w2
     d1 += within(da, t, position_ptr, 1, T, PACKED) * w1
     return within(da, t, position_ptr, 0, T, PACKED) * w0, d1, d2, s0, s1, s2, s3
@@ -135,7 +135,7 @@ def backward_step(x0, x1, x2, x3, dy, t, d1, d2, d3, s0, s1, s2, s3, w0, w1, w2,
 
 @triton.jit(do_not_specialize=["T"])
 def conv_backward_kernel(
-    dy_ptr, x_ptr, w_ptr, position_ptr, dx_ptr, dw_ptr, T, x_sb, x_st,
+    dy_ptr, x_ptr, w_ptr, position_ptr, dx_ptr, dw_ptr, T, x_sb, x_st, dx_sb, dx_st,
     C: tl.constexpr, WIDTH: tl.constexpr, PACKED: tl.constexpr, FAST: tl.constexpr,
     STEPS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -150,7 +150,7 @@ def conv_backward_kernel(
     w3 = tap(w_ptr, c, ok, 3, WIDTH)
     x_at = x_ptr + b * x_sb + c
     dy_at = dy_ptr + b * T * C + c
-    dx_at = dx_ptr + b * T * C + c
+    dx_at = dx_ptr + b * dx_sb + c
     x1 = load_step(x_at, first - 1, x_st, T, ok)
     x2 = load_step(x_at, first - 2, x_st, T, ok)
     x3 = load_step(x_at, first - 3, x_st, T, ok)
@@ -172,17 +172,17 @@ def conv_backward_kernel(
         g2 = load_step(dy_at, t + 2, C, T, ok)
         g3 = load_step(dy_at, t + 3, C, T, ok)
         d1, d2, d3, s0, s1, s2, s3 = backward_step(
-            n0, x1, x2, x3, g0, t, d1, d2, d3, s0, s1, s2, s3, w0, w1, w2, w3, position_ptr, dx_at, T,
-            first, last, ok, C, PACKED, FAST)  # fmt: skip
+            n0, x1, x2, x3, g0, t, d1, d2, d3, s0, s1, s2, s3, w0, w1, w2, w3, position_ptr, dx_at, dx_st, T,
+            first, last, ok, PACKED, FAST)  # fmt: skip
         d1, d2, d3, s0, s1, s2, s3 = backward_step(
-            n1, n0, x1, x2, g1, t + 1, d1, d2, d3, s0, s1, s2, s3, w0, w1, w2, w3, position_ptr, dx_at, T,
-            first, last, ok, C, PACKED, FAST)  # fmt: skip
+            n1, n0, x1, x2, g1, t + 1, d1, d2, d3, s0, s1, s2, s3, w0, w1, w2, w3, position_ptr, dx_at, dx_st, T,
+            first, last, ok, PACKED, FAST)  # fmt: skip
         d1, d2, d3, s0, s1, s2, s3 = backward_step(
-            n2, n1, n0, x1, g2, t + 2, d1, d2, d3, s0, s1, s2, s3, w0, w1, w2, w3, position_ptr, dx_at, T,
-            first, last, ok, C, PACKED, FAST)  # fmt: skip
+            n2, n1, n0, x1, g2, t + 2, d1, d2, d3, s0, s1, s2, s3, w0, w1, w2, w3, position_ptr, dx_at, dx_st, T,
+            first, last, ok, PACKED, FAST)  # fmt: skip
         d1, d2, d3, s0, s1, s2, s3 = backward_step(
-            n3, n2, n1, n0, g3, t + 3, d1, d2, d3, s0, s1, s2, s3, w0, w1, w2, w3, position_ptr, dx_at, T,
-            first, last, ok, C, PACKED, FAST)  # fmt: skip
+            n3, n2, n1, n0, g3, t + 3, d1, d2, d3, s0, s1, s2, s3, w0, w1, w2, w3, position_ptr, dx_at, dx_st, T,
+            first, last, ok, PACKED, FAST)  # fmt: skip
         x1, x2, x3 = n3, n2, n1
     dw_at = dw_ptr + (b * tl.num_programs(1) + tl.program_id(1)) * (WIDTH * C) + c
     tl.store(dw_at + (WIDTH - 1) * C, s0, mask=ok)
@@ -226,13 +226,17 @@ def conv_silu_backward(
     weight: Tensor,
     position: Tensor | None,
     *,
+    dx: Tensor | None = None,
     steps: int = STEPS_BACKWARD,
     channels: int = CHANNELS,
     warps: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """(dx [B, T, C], dweight [C, width]): deterministic, sums over programs are taken by torch in a fixed order."""
+    """(dx [B, T, C], dweight [C, width]): deterministic, sums over programs are taken by torch in a fixed order.
+
+    Writes to `dx` if it is given: channels of a larger tensor, which lie side by side.
+    """
     B, T, C = x.shape
-    dx = x.new_empty(B, T, C)
+    dx = x.new_empty(B, T, C) if dx is None else dx
     if dx.numel() == 0:
         return dx, torch.zeros_like(weight)
     x, dy = _by_channel(x), dy.contiguous()
@@ -241,6 +245,6 @@ def conv_silu_backward(
     with _on_device(x):
         conv_backward_kernel[(triton.cdiv(C, channels), blocks, B)](
             dy, x, weight.contiguous(), x if position is None else position, dx, dw, T, x.stride(0), x.stride(1),
-            **_constants(x, weight, position), STEPS=steps, BC=channels, num_warps=warps,
+            dx.stride(0), dx.stride(1), **_constants(x, weight, position), STEPS=steps, BC=channels, num_warps=warps,
         )  # fmt: skip
     return dx, dw.sum(0).t().to(weight.dtype)

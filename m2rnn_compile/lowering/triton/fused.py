@@ -18,6 +18,7 @@ from . import fused_inference as inference
 from . import scan as partial_scan
 from .config import next_power_of_2
 from .fused_tail import tail_backward_kernel, tail_forward_kernel
+from .reduce import pitch
 
 MAX_FEATURES = 16384  # N·V of a norm over all heads: a position must fit into one tile in registers
 TILE = 2048  # features of a tile where heads are independent
@@ -141,14 +142,20 @@ def fused_tail_backward(
     activation: str,
     norm: str,
     *,
+    dg: Tensor | None = None,
     programs: int | None = None,
     warps: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dy, dg for all N heads, dD, dnorm_weight) as `ops/fused.py` specifies."""
+    """(dy, dg for all N heads, dD, dnorm_weight) as `ops/fused.py` specifies.
+
+    Writes to `dg` [B, T, N, V] if it is given: columns of a contiguous tensor [B, T, P].
+    """
     B, T, N, V = y.shape
     _check(N, V, norm)
     dy = v.new_empty(B, T, N, V)
-    dg = y.new_empty(0) if g is None else g.new_empty(B, T, N, V)
+    if dg is None:
+        dg = y.new_empty(0) if g is None else g.new_empty(B, T, N, V)
+    dg_base, dg_shift = _aligned_base(dg)
     rows = B * T
     BN, BV, tile_warps = _tile(N, V, norm)
     programs = programs or PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(y.device)
@@ -163,10 +170,11 @@ def fused_tail_backward(
         with _on_device(v):
             tail_backward_kernel[(programs, triton.cdiv(N, BN))](
                 do, y, v_base, y if D is None else D.contiguous(), g_base,
-                y if norm_weight is None else norm_weight.contiguous(), rstd.contiguous(), dy, dg, dD, dw,
+                y if norm_weight is None else norm_weight.contiguous(), rstd.contiguous(), dy, dg_base, dD, dw,
                 rows, T, per_program, *do.stride(), *v.stride(), *(v if g is None else g).stride(),
+                0 if g is None else pitch(dg),
                 N=N, V=V, Gv=N // v.shape[2], Gg=1 if g is None else N // g.shape[2],
-                V_SHIFT=v_shift, G_SHIFT=g_shift,
+                V_SHIFT=v_shift, G_SHIFT=g_shift, DG_SHIFT=dg_shift,
                 HAS_D=D is not None, HAS_G=g is not None, HAS_W=norm_weight is not None,
                 ACT=activation, NORM=norm, FAST=_fast(y.dtype), BN=BN, BV=BV,
                 num_warps=warps or min(16, 4 * tile_warps),

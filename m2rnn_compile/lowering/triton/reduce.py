@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import triton
@@ -13,18 +14,24 @@ from .config import next_power_of_2
 
 
 class Sum(NamedTuple):
-    """out[b, t_first + t, m] = Σ over blocks and g of part[block, b, t, m·G + g], each of D elements."""
+    """out[b, t_first + t, m] = Σ over blocks and g of part[block, b, t, m·G + g], each of D elements.
+
+    With `scale` and `plus`, scale[m] · plus[b, t_first + t, m] is added to it, before the one rounding.
+    """
 
     part: Tensor  # [blocks, B, window, heads · G, D], contiguous but for its first axis
-    out: Tensor  # [B, T, heads, D], contiguous
+    out: Tensor  # [B, T, heads, D], contiguous or columns of a contiguous [B, T, P]
     G: int
     blocks: int
+    scale: Tensor | None = None  # [heads, D], contiguous
+    plus: Tensor | None = None  # [B, T, heads, D], contiguous
 
 
 @triton.jit
 def _add(
-    part_ptr, out_ptr, program, rows, inner, heads_in, T, t_first, block_rows,
+    part_ptr, out_ptr, scale_ptr, plus_ptr, program, rows, inner, heads_in, T, t_first, block_rows, gap,
     BLOCKS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
+    UNIT: tl.constexpr, PLUS: tl.constexpr,
 ):  # fmt: skip
     """BR rows of the output: (b, t, m) with t inside the window; `inner` = window · heads_in of them per batch element.
 
@@ -50,53 +57,83 @@ def _add(
             x = tl.load(at + (block * block_stride + first * D), mask=mask, other=0.0, eviction_policy="evict_first")
             total += x.to(tl.float32)
     b = r // inner
-    out_row = (b * T + t_first) * heads_in + (r - b * inner)
+    own = r - b * inner
+    out_row = (b * T + t_first) * heads_in + own
     mask = (r < rows)[:, None] & (d < D)[None, :]
-    tl.store(out_ptr + (out_row * D)[:, None] + d[None, :], tl.sum(total, 1).to(out_ptr.dtype.element_ty), mask=mask)
+    result = tl.sum(total, 1)
+    out_at = (out_row * D)[:, None] + d[None, :]
+    if PLUS:
+        scale = tl.load(scale_ptr + (own % heads_in * D)[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        result += scale * tl.load(plus_ptr + out_at, mask=mask, other=0.0).to(tl.float32)
+    if UNIT > 0:  # columns beside these in a step, counted in units for the sake of alignment
+        out_at += ((b * T + t_first + own // heads_in) * gap * UNIT)[:, None]
+    tl.store(out_ptr + out_at, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "inner", "heads_in", "T", "t_first", "block_rows"])
+@triton.jit(do_not_specialize=["rows", "inner", "heads_in", "T", "t_first", "block_rows", "gap"])
 def reduce_kernel(
-    part_ptr, out_ptr, rows, inner, heads_in, T, t_first, block_rows,
-    BLOCKS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
+    part_ptr, out_ptr, scale_ptr, plus_ptr, rows, inner, heads_in, T, t_first, block_rows, gap, A: tl.constexpr
 ):  # fmt: skip
     """One sum."""
     _add(
-        part_ptr, out_ptr, tl.program_id(0), rows, inner, heads_in, T, t_first, block_rows, BLOCKS, G, D, BR, BG, BD
+        part_ptr, out_ptr, scale_ptr, plus_ptr, tl.program_id(0), rows, inner, heads_in, T, t_first, block_rows, gap,
+        A[0], A[1], A[2], A[3], A[4], A[5], A[6], A[7],
     )  # fmt: skip
 
 
 @triton.jit(
     do_not_specialize=[
         "T", "t_first",
-        "a_last", "a_rows", "a_inner", "a_heads", "a_stride", "b_last", "b_rows", "b_inner", "b_heads", "b_stride",
-        "c_last", "c_rows", "c_inner", "c_heads", "c_stride", "d_rows", "d_inner", "d_heads", "d_stride",
+        "a_last", "a_rows", "a_inner", "a_heads", "a_stride", "a_gap",
+        "b_last", "b_rows", "b_inner", "b_heads", "b_stride", "b_gap",
+        "c_last", "c_rows", "c_inner", "c_heads", "c_stride", "c_gap",
+        "d_rows", "d_inner", "d_heads", "d_stride", "d_gap",
     ]
 )  # fmt: skip
 def reduce_four_kernel(
     T, t_first,
-    a_ptr, a_out, a_last, a_rows, a_inner, a_heads, a_stride,
-    b_ptr, b_out, b_last, b_rows, b_inner, b_heads, b_stride,
-    c_ptr, c_out, c_last, c_rows, c_inner, c_heads, c_stride,
-    d_ptr, d_out, d_rows, d_inner, d_heads, d_stride,
+    a_ptr, a_out, a_scale, a_plus, a_last, a_rows, a_inner, a_heads, a_stride, a_gap,
+    b_ptr, b_out, b_scale, b_plus, b_last, b_rows, b_inner, b_heads, b_stride, b_gap,
+    c_ptr, c_out, c_scale, c_plus, c_last, c_rows, c_inner, c_heads, c_stride, c_gap,
+    d_ptr, d_out, d_scale, d_plus, d_rows, d_inner, d_heads, d_stride, d_gap,
     A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Four sums in one launch, so that one fills the GPU while another ends: programs up to a_last take the first."""
     p = tl.program_id(0)
     if p < a_last:
-        _add(a_ptr, a_out, p, a_rows, a_inner, a_heads, T, t_first, a_stride, A[0], A[1], A[2], A[3], A[4], A[5])
+        _add(
+            a_ptr, a_out, a_scale, a_plus, p, a_rows, a_inner, a_heads, T, t_first, a_stride, a_gap,
+            A[0], A[1], A[2], A[3], A[4], A[5], A[6], A[7],
+        )  # fmt: skip
     elif p < b_last:
         _add(
-            b_ptr, b_out, p - a_last, b_rows, b_inner, b_heads, T, t_first, b_stride, B[0], B[1], B[2], B[3], B[4], B[5]
-        )
+            b_ptr, b_out, b_scale, b_plus, p - a_last, b_rows, b_inner, b_heads, T, t_first, b_stride, b_gap,
+            B[0], B[1], B[2], B[3], B[4], B[5], B[6], B[7],
+        )  # fmt: skip
     elif p < c_last:
         _add(
-            c_ptr, c_out, p - b_last, c_rows, c_inner, c_heads, T, t_first, c_stride, C[0], C[1], C[2], C[3], C[4], C[5]
-        )
+            c_ptr, c_out, c_scale, c_plus, p - b_last, c_rows, c_inner, c_heads, T, t_first, c_stride, c_gap,
+            C[0], C[1], C[2], C[3], C[4], C[5], C[6], C[7],
+        )  # fmt: skip
     else:
         _add(
-            d_ptr, d_out, p - c_last, d_rows, d_inner, d_heads, T, t_first, d_stride, D[0], D[1], D[2], D[3], D[4], D[5]
-        )
+            d_ptr, d_out, d_scale, d_plus, p - c_last, d_rows, d_inner, d_heads, T, t_first, d_stride, d_gap,
+            D[0], D[1], D[2], D[3], D[4], D[5], D[6], D[7],
+        )  # fmt: skip
+
+
+def pitch(x: Tensor) -> int:
+    """Elements between two positions of x, columns of a contiguous [B, T, P]. A dimension of size 1 has any stride."""
+    return x.stride(1) if x.shape[1] > 1 else x.stride(0)
+
+
+def _gap(out: Tensor, width: int) -> tuple[int, int]:
+    """(columns beside `out` in a step of the tensor it is part of, in units; elements of a unit, 0 if there are none)."""
+    columns = pitch(out) - width
+    if columns == 0 or out.shape[0] * out.shape[1] < 2:
+        return 0, 0
+    unit = math.gcd(columns, 16)
+    return columns // unit, unit
 
 
 def _split(s: Sum, window: int, warps: int | None) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
@@ -109,18 +146,22 @@ def _split(s: Sum, window: int, warps: int | None) -> tuple[int, int, tuple[int,
     if warps is None:
         warps = 1 if BG * BD >= 1024 else 4
     BR = 1 if BG * BD >= 1024 else min(1024, 1024 * warps // (BG * BD))
-    numbers = (rows, window * heads, heads, s.part.stride(0) // D if s.blocks > 1 else 0)
-    return triton.cdiv(rows, BR), warps, numbers, (s.blocks, s.G, D, BR, BG, BD)
+    gap, unit = _gap(s.out, heads * D)
+    numbers = (rows, window * heads, heads, s.part.stride(0) // D if s.blocks > 1 else 0, gap)
+    return triton.cdiv(rows, BR), warps, numbers, (s.blocks, s.G, D, BR, BG, BD, unit, int(s.scale is not None))
+
+
+def _pointers(s: Sum) -> tuple[Tensor, ...]:
+    return s.part, s.out, s.part if s.scale is None else s.scale, s.part if s.plus is None else s.plus
 
 
 def add(s: Sum, window: int, t_first: int) -> None:
     """One sum over a window of time."""
-    programs, warps, (rows, inner, heads, stride), (BLOCKS, G, D, BR, BG, BD) = _split(s, window, None)
+    programs, warps, (rows, inner, heads, stride, gap), shape = _split(s, window, None)
     if programs:
         reduce_kernel[(programs,)](
-            s.part, s.out, rows, inner, heads, s.out.shape[1], t_first, stride,
-            BLOCKS=BLOCKS, G=G, D=D, BR=BR, BG=BG, BD=BD, num_warps=warps,
-        )  # fmt: skip
+            *_pointers(s), rows, inner, heads, s.out.shape[1], t_first, stride, gap, A=shape, num_warps=warps
+        )
 
 
 def add_all(sums: list[Sum], window: int, t_first: int) -> None:
@@ -129,12 +170,12 @@ def add_all(sums: list[Sum], window: int, t_first: int) -> None:
     last, arguments, constants = 0, [], []
     for s, (programs, _, numbers, shape) in zip(sums, split, strict=True):
         last += programs
-        arguments += [s.part, s.out, last, *numbers]
+        arguments += [*_pointers(s), last, *numbers]
         constants.append(shape)
     for _ in range(4 - len(sums)):  # never reached: no program is beyond the last
-        arguments += arguments[-7:]
+        arguments += arguments[-10:]
         constants.append(constants[-1])
-    del arguments[-5]  # the fourth ends with the grid
+    del arguments[-6]  # the fourth ends with the grid
     if last:
         reduce_four_kernel[(last,)](
             sums[0].out.shape[1], t_first, *arguments, **dict(zip("ABCD", constants, strict=True)), num_warps=1

@@ -170,7 +170,7 @@ def kernel_variants() -> Iterator[tuple[str, float, Callable[[], object]]]:
     dy = draw(B, T, C)
     for channels, warps in ((128, 1), (256, 1), (256, 2), (512, 2), (512, 4), (1024, 4)):
         for steps in (16, 32, 64, 128):
-            options = dict(channels=channels, warps=warps, steps=steps)
+            options: dict[str, Any] = dict(channels=channels, warps=warps, steps=steps)
             name, mb = ", ".join(f"{n} {i}" for n, i in options.items()), B * T * C * 2e-6
             yield f"conv, {name}", 2 * mb, functools.partial(conv.conv_silu, raw, weight, None, **options)
             backward = functools.partial(conv.conv_silu_backward, dy, raw, weight, None, **options)

@@ -114,7 +114,7 @@ def _backward_kernel(
     sizes: list[int],
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    W, A_log, dt_bias, D, norm_weight, initial_state, cu_seqlens, qkv, *_, chunk, impl = rest
+    W, _, _, _, _, initial_state, cu_seqlens, qkv, *_, chunk, impl = rest
     raw, f, _ = _check(x, conv_weight, position, sizes, chunk)
     q, k, v = fused.unpack(raw if conv_weight is None else qkv, sizes[:5])
     lowering = registry.lowering_for(impl, x.device, (q, k, v, f, W, initial_state, cu_seqlens))
@@ -168,7 +168,7 @@ def composed_backward(
         dqkv, dconv_weight = conv.run_backward(dqkv, raw, conv_weight, position)
     into.copy_(dqkv)
     into_f.copy_(df)
-    if g is not None and dg is not None:
+    if into_g is not None and dg is not None:
         into_g.copy_(dg)
     return dx, *filled(
         x, (dconv_weight, conv_weight), (dW, W), (dA_log, A_log), (ddt_bias, dt_bias), (dD, D), (dw, norm_weight),

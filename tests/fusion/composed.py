@@ -44,8 +44,7 @@ class Fused:
         def move(x: Tensor) -> Tensor:
             return x.to(device=device, dtype=dtype if x.is_floating_point() else None)
 
-        cu = self.options["cu_seqlens"]
-        options = {**self.options, "cu_seqlens": None if cu is None else cu.to(device)}
+        options = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in self.options.items()}
         tensors = {n: move(x) for n, x in self.tensors.items()}
         return Fused(tensors, options, move(self.do), move(self.dfinal_state))
 

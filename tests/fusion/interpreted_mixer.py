@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from m2rnn_compile.lowering.triton.fused_mixer import gate_backward
 from m2rnn_compile.ops import fused as op
 from m2rnn_compile.testing import assert_accurate, low_precision_eager
-from tests.fusion.composed import CASES, run
+from tests.fusion.composed import run
 from tests.fusion.interpreted_fused import _on_cpu_tensors  # noqa: F401  (a fixture: used by being here)
 from tests.fusion.mixing import ORDERS, composed_mixer, make_mixer, mixer
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs `interpreted_fused.py` and `interpreted_mixer.py` under Triton's interpreter, in a process where nothing else has imported Triton."""
+"""Runs the `interpreted_` files under Triton's interpreter, each in a process where nothing else imported Triton."""
 
 from __future__ import annotations
 

@@ -53,8 +53,9 @@ def scan(t: dict[str, Tensor]) -> Tensor:
 ALL = ["decay gate", "D ⊙ v", "SiLU(g)", "RMSNorm over N·V"]
 
 
-def layer_parts(conv: bool) -> list[str]:
-    return [*(["causal conv, SiLU"] if conv else []), "q | k | v as one tensor", *ALL]
+def layer_parts(conv: bool, training: bool = True) -> list[str]:
+    whole = ["the whole projection"] if conv and training else []
+    return [*whole, *(["causal conv, SiLU"] if conv else []), "q | k | v as one tensor", *ALL]
 
 
 SIGMOID = "sigmoid forget gate"
@@ -227,7 +228,9 @@ def test_the_layer_with_a_cache_packed_and_padded() -> None:
         for a, b in zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]:
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
         assert backend.parts()[-3:] == ALL[1:]
-        assert (backend.records[0].left[-1:] == ("forget gate: f comes from `where`",)) == ("attention_mask" in options)
+        masked = "attention_mask" in options
+        assert ("forget gate: f comes from `where`" in backend.records[0].left) == masked
+        assert ("the whole projection" in backend.parts()) == ("cu_seqlens" in options)
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["around", "inside"])
@@ -276,7 +279,7 @@ def test_at_most_two_compilations_over_ten_lengths(training: bool, conv: bool) -
                 for a, b in zip(*(torch.autograd.grad(y.square().sum(), leaves) for y in (got, expected)), strict=True):
                     torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     assert backend.compilations <= 2
-    assert all(list(r.fused) == layer_parts(conv) and r.training == training for r in backend.records)
+    assert all(list(r.fused) == layer_parts(conv, training) and r.training == training for r in backend.records)
     assert all(ops == (training_ops if training else inference_ops)(conv) for ops in backend.ops)
 
 
@@ -291,7 +294,7 @@ def test_dynamic_true(training: bool, conv: bool) -> None:
             x = torch.randn(2, length, 24)
             torch.testing.assert_close(compiled(x), layer(x), atol=1e-5, rtol=1e-4)
     assert backend.compilations <= 2
-    assert all(list(r.fused) == layer_parts(conv) for r in backend.records)
+    assert all(list(r.fused) == layer_parts(conv, training) for r in backend.records)
     assert all(ops == (training_ops if training else inference_ops)(conv) for ops in backend.ops)
 
 

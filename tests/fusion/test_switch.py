@@ -29,6 +29,7 @@ from tests.fusion.compiling import ON_CPU, Rewriting, conv, fusion_on_cpu
 from tests.fusion.composed import make_fused
 
 __all__ = ["conv", "fusion_on_cpu"]
+WHOLE = "the whole projection"  # in training
 ALL = ("causal conv, SiLU", "q | k | v as one tensor", "decay gate", "D ⊙ v", "SiLU(g)", "RMSNorm over N·V")
 
 
@@ -65,7 +66,7 @@ def test_inductor_gets_the_fused_op_without_a_flag(conv: bool) -> None:
         hook.RECORDS.clear()
         for a, b in zip(training_step(compiled, layer, x), training_step(layer, layer, x), strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-        assert [(r.fused, r.training) for r in hook.RECORDS] == [(ALL if conv else ALL[1:], True)]
+        assert [(r.fused, r.training) for r in hook.RECORDS] == [((WHOLE, *ALL) if conv else ALL[1:], True)]
         hook.RECORDS.clear()
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), layer(x), atol=1e-5, rtol=1e-4)
@@ -349,7 +350,7 @@ def test_explain_says_what_and_why_not(fusion_on_cpu: None) -> None:
     layer, x = make_layer(), torch.randn(2, 9, 24)
     report = explain(layer, x)
     (scan,) = report.scans
-    assert scan.fused == ALL
+    assert scan.fused == (WHOLE, *ALL)
     assert scan.training
     assert scan.shapes == "B=2, T=9, N=4, K=8, V=4"
     assert scan.where.startswith("layers/m2rnn.py:")
@@ -359,9 +360,11 @@ def test_explain_says_what_and_why_not(fusion_on_cpu: None) -> None:
     enable_fusion(True, **ON_CPU, conv=False)
     assert explain(layer, x).scans[0].fused == ALL[1:]
     enable_fusion(True, devices=("cpu",))
-    assert explain(layer, x).scans[0].left[-1].startswith("decay gate: one small pass either way")
-    with torch.no_grad():  # where one op takes the convolution, it takes the gate too
+    assert explain(layer, x).scans[0].fused == (WHOLE, *ALL)  # where one op takes all, it takes the gate too
+    with torch.no_grad():
         assert explain(layer, x).scans[0].fused == ALL
+    enable_fusion(True, devices=("cpu",), conv=False)
+    assert explain(layer, x).scans[0].left[-1].startswith("decay gate: one small pass either way")
     enable_fusion(True)
     assert explain(layer, x).scans[0].left[0].startswith("D ⊙ v, SiLU(g), RMSNorm over N·V: on cpu")
     enable_fusion(False)
@@ -383,7 +386,7 @@ def test_the_docs_show_what_explain_prints() -> None:
 def test_explain_many_times_and_a_model_of_many_scans(fusion_on_cpu: None) -> None:
     model = nn.Sequential(make_layer(), make_layer())
     for length in range(3, 15):  # beyond Dynamo's limit of compilations of one function
-        assert [r.fused for r in explain(model, torch.randn(2, length, 24)).scans] == [ALL, ALL]
+        assert [r.fused for r in explain(model, torch.randn(2, length, 24)).scans] == [(WHOLE, *ALL)] * 2
 
 
 @pytest.mark.parametrize("op", [torch.ops.m2rnn.scan, torch.ops.m2rnn.scan.default], ids=["packet", "overload"])

@@ -48,31 +48,24 @@ def test_fused() -> None:
 forward:
 cpp_fused
 extern_kernels.mm
-m2rnn.conv_silu
-cpp_fused
-m2rnn.fused_scan_packed
+m2rnn.fused_mixer
 extern_kernels.mm
 buffers:
 bfloat16[32768, 2944]
 bfloat16[32768, 1024]
-7 MB
+3 MB
 backward:
 extern_kernels.mm
 extern_kernels.mm
-m2rnn.fused_tail_backward
-m2rnn.scan_backward
-cpp_fused
-m2rnn.conv_silu_backward
+m2rnn.fused_mixer_backward
 cpp_fused
 extern_kernels.mm
 extern_kernels.mm
 cpp_fused
 buffers:
 bfloat16[32768, 1344]
-bfloat16[8, 4096, 1472]
-bfloat16[8, 4096, 2944]
 bfloat16[32768, 1024]
-187 MB""",
+3 MB""",
     )
 
 

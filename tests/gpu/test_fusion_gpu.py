@@ -21,6 +21,7 @@ from m2rnn_compile.ops.library import name_of
 from m2rnn_compile.testing import assert_accurate, low_precision_eager
 from tests.export.toolchain import compiler
 from tests.fusion.composed import CASES, compose, make_fused, run
+from tests.fusion.mixing import composed_mixer, make_mixer, mixer
 
 pytestmark = pytest.mark.gpu
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -35,6 +36,35 @@ def test_fused_scan(case: str, dtype: torch.dtype) -> None:
     x = make_fused(**{"T": 96, **CASES[case]} | dict(K=64, V=16), dtype=dtype).to(device="cuda")
     truth = run(x.to(torch.float64), compose, impl="eager")
     assert_accurate(run(x, m2rnn_fused, impl="triton"), truth, run(x, compose, scan=low_precision_eager), slices=4)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.replace(" ", "-"))
+def test_fused_mixer(case: str, dtype: torch.dtype) -> None:
+    """Training from the whole projection on; in the layer's order g begins 8 bytes behind a 16-byte boundary."""
+    for taps, order in ((4, "the layer's"), (4, "padded"), (None, "turned")):
+        x = make_mixer(case, taps=taps, order=order, **{"T": 96, **CASES[case]} | dict(K=64, V=16), dtype=dtype)
+        x = x.to(device="cuda")
+        truth = run(x.to(torch.float64), composed_mixer, impl="eager")
+        eager = run(x, composed_mixer, scan=low_precision_eager)
+        got = run(x, mixer, impl="triton")
+        if dtype == FP32:  # sums of a few numbers, in another order
+            for name in truth:
+                assert (got[name].double() - truth[name]).norm() <= 2e-5 * truth[name].norm(), name
+        else:
+            assert_accurate(got, truth, eager, slices=4)
+
+
+def test_fused_mixer_at_the_papers_sizes() -> None:
+    """84 heads, windows of time, a projection padded to 2,944 columns; every column is written, bits repeat."""
+    x = make_mixer("layer", B=2, T=300, N=84, K=64, V=16, dtype=BF16).to(device="cuda")
+    truth = run(x.to(torch.float64), composed_mixer, impl="eager")
+    poison = torch.full((2**26,), float("nan"), device="cuda")
+    del poison
+    got = run(x, mixer, impl="triton")
+    assert_accurate(got, truth, run(x, composed_mixer, scan=low_precision_eager), slices=4)
+    again = run(x, mixer, impl="triton")
+    assert all(torch.equal(got[name], again[name]) for name in got)
 
 
 class Whole:

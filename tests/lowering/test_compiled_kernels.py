@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 from m2rnn_compile.lowering.triton.backward import scan_backward_kernel
 from m2rnn_compile.lowering.triton.conv import conv_backward_kernel, conv_forward_kernel
 from m2rnn_compile.lowering.triton.forward import scan_forward_kernel
+from m2rnn_compile.lowering.triton.fused_mixer import gate_backward_kernel
 from m2rnn_compile.lowering.triton.fused_tail import norm_kernel
 from m2rnn_compile.lowering.triton.gluon import (
     _import_error,
@@ -48,7 +49,7 @@ BACKWARD = dict(HAS_DY=True, CLIP=1)
 LOW = {"q", "k", "v", "W", "dy"}
 GLUON_LOW = LOW | {"ckpt", "scratch", "dq", "dk", "dv", "g", "o"}
 STRIDE_ONE = {"q_sk", "k_sk", "v_sv", "dy_sv", "f_sn", "g_sv"}
-UNALIGNED = {"T", "NC", "f_st", "f_sb", "chunk_first", "chunk_last", "window", "scans", "units"}
+UNALIGNED = {"T", "NC", "f_st", "f_sb", "chunk_first", "chunk_last", "window", "scans", "units", "rows", "per_program"}
 FLOATS = {"clip", "eps"}
 
 
@@ -167,15 +168,17 @@ def portable_kernels(capability: int) -> dict[str, Resources]:
 
 
 def kernels_around(capability: int) -> dict[str, Resources]:
-    """What stands around the scan of inference: convolution of q | k and gates, norm; the convolution by itself."""
+    """Around the scan: of inference the convolution of q | k and gates, norm; of training convolution and gates."""
     conv = dict(C=1472, WIDTH=4, PACKED=False, FAST=True, BC=128)
     before = dict(C=128, WIDTH=4, NF=84, FORGET="decay", FAST=True, STEPS=32, BC=128, BF=128)
     norm = dict(F=1344, HAS_W=True, BF=2048, ROWS=2)
+    gate = dict(N=84, FORGET="decay", BR=8, BN=128, x_sn=1)
     return {
         "prologue": compile_kernel(prologue_kernel, before, capability, 4, None),
         "norm": compile_kernel(norm_kernel, norm, capability, 4, None),
         "conv": compile_kernel(conv_forward_kernel, dict(conv, STEPS=64), capability, 1, None),
         "conv backward": compile_kernel(conv_backward_kernel, dict(conv, STEPS=128), capability, 1, None),
+        "gate backward": compile_kernel(gate_backward_kernel, gate, capability, 4, None),
     }
 
 
@@ -219,6 +222,7 @@ prologue         | registers <= 176 | stack <= 128 | shared <= 1024
 norm             | registers <= 48 | stack <= 128 | shared <= 1024
 conv             | registers <= 72 | stack <= 128 | shared <= 0
 conv backward    | registers <= 104 | stack <= 128 | shared <= 0
+gate backward    | registers <= 104 | stack <= 128 | shared <= 2048
 """)
 
     def test_portable_sm90(self) -> None:

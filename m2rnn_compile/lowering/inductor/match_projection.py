@@ -70,12 +70,12 @@ def match_projection(m: Match, conv: Conv | None) -> Projection | str:
     """Of what everything in `m` is made, or why not of one tensor. `conv` stands in front of `m.qkv`, if given."""
     given, qkv = scan_arguments(m.scan), m.qkv if conv is None else conv.x
     assert qkv is not None
+    if m.last is None:
+        return "nothing follows the scan"
     if conv is not None:
-        if only_user(m.qkv) is None:
-            return "the convolution's result has other uses"
-        reason = "nothing follows" if m.last is None else obstacles.obstacle({conv.last}, m.last)
-        if reason is not None:
-            return reason
+        reason = obstacles.obstacle({conv.last}, m.last)
+        if only_user(m.qkv) is None or reason is not None:
+            return reason or "the convolution's result has other uses"
     g: Any = m.g
     while g is not None and is_view(g):
         if len(users(g)) > 1:
@@ -107,4 +107,5 @@ def match_projection(m: Match, conv: Conv | None) -> Projection | str:
             return f"other columns of `{x.name}` are used too"
     if any(user not in readers for user in users(x)):
         return f"`{x.name}` has other uses"
-    return Projection(x, sizes)
+    reason = obstacles.written_later(x, m.last)
+    return Projection(x, sizes) if reason is None else reason

@@ -117,6 +117,26 @@ def obstacle(nodes: Collection[Node], last: Node) -> str | None:
     return None
 
 
+def written_later(x: Node, last: Node) -> str | None:
+    """What writes into the memory of x behind `last`, or None: an op that keeps x for its backward must not be there.
+
+    Plain code may keep a copy instead, as the convolution does that pads. Views share their storage in the fakes too.
+    """
+    behind = False
+    for n in last.graph.nodes:
+        if behind and writes(n) is not None and any(_shares_storage(x, of) for of in n.all_input_nodes):
+            return f"`{writes(n)}` writes in place into what the op keeps for its backward"
+        behind = behind or n is last
+    return None
+
+
+def _shares_storage(a: Node, b: Node) -> bool:
+    x, y = value(a), value(b)
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or {x.layout, y.layout} != {torch.strided}:
+        return False
+    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
+
+
 def depends_on(nodes: Collection[Node], source: Node) -> bool:
     todo, seen = list(nodes), set()
     while todo:

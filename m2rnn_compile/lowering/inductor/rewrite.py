@@ -26,8 +26,9 @@ from .match_conv import Conv, match_conv
 from .match_projection import Projection, match_projection
 from .nodes import SCAN, is_check, label, name, scan_arguments, users, value
 from .normalize import normalize
-from .obstacles import obstacle, writes
+from .obstacles import obstacle, writes, written_later
 
+WHOLE = "the whole projection"
 FUSED_SCAN = torch.ops.m2rnn.fused_scan.default
 FUSED_SCAN_PACKED = torch.ops.m2rnn.fused_scan_packed.default
 FUSED_SCAN_CONV = torch.ops.m2rnn.fused_scan_conv.default
@@ -89,7 +90,7 @@ def _fuse_one(graph: Graph, scan: Node, settings: FusionSettings) -> FusionRecor
     training = scan_arguments(scan).chunk != 0
     conv: Conv | str = match_conv(m.qkv) if m.qkv is not None and settings.conv else ""
     if isinstance(conv, Conv):
-        conv = _conv_why_not(conv) or conv
+        conv = _conv_why_not(conv) or (written_later(conv.x, conv.last) if training else None) or conv
     found = conv if isinstance(conv, Conv) else None
     # One op can do all of it: without a backward, or where all that it reads is columns of one tensor.
     whole = settings.conv and m.qkv is not None
@@ -116,9 +117,13 @@ def _fuse_one(graph: Graph, scan: Node, settings: FusionSettings) -> FusionRecor
         parts.insert(0, "causal conv, SiLU")
     elif conv:
         left.append(f"in front of q | k | v: {conv}")
-    projection: Projection | str = match_projection(m, found) if training and whole else ""
-    if isinstance(projection, Projection):
-        parts.insert(0, "gradients of one projection")
+    projection: Projection | str = ""
+    if training and settings.conv and m.qkv is not None:
+        projection = match_projection(m, found)
+        if isinstance(projection, Projection):
+            parts.insert(0, WHOLE)
+        else:
+            left.append(f"{WHOLE}: {projection}")
     record = _record(scan, m, parts, left)
     fused = _replace(graph, m)
     if isinstance(projection, Projection):
@@ -311,9 +316,7 @@ def _replace_all(graph: Graph, fused: Node, projection: Projection, conv: Conv |
     qkv, _, f, W, A_log, dt_bias, D, g, *rest = fused.args
     start = (None, None) if conv is None else (conv.weight, conv.position)
     with graph.inserting_before(fused):
-        made = graph.call_function(
-            FUSED_MIXER, (projection.x, *start, projection.sizes, W, A_log, dt_bias, D, *rest)
-        )
+        made = graph.call_function(FUSED_MIXER, (projection.x, *start, projection.sizes, W, A_log, dt_bias, D, *rest))
     o, state, y, rstd, checkpoints = fused.meta["example_value"]
     made.meta = {**fused.meta, "example_value": (o, state, y.new_empty(0), y, rstd, checkpoints)}
     for output in list(fused.users):

@@ -150,7 +150,8 @@ def fused_mixer_backward(
         into=(dq, dk, dv), D=D if in_sums else None,
     )  # fmt: skip
     if adds_D and not in_sums:
-        assert D is not None and dy is not None  # for the type checker
+        assert D is not None  # for the type checker
+        assert dy is not None
         dv.copy_(dv.float() + sum_shared_heads(D.float() * dy.float(), v.shape[2], 2))
     dconv_weight = None
     if conv_weight is not None:

@@ -128,7 +128,7 @@ def pitch(x: Tensor) -> int:
 
 
 def _gap(out: Tensor, width: int) -> tuple[int, int]:
-    """(columns beside `out` in a step of the tensor it is part of, in units; elements of a unit, 0 if there are none)."""
+    """(columns beside `out` in a step of the tensor it is part of, in units; elements of a unit, 0 without any)."""
     columns = pitch(out) - width
     if columns == 0 or out.shape[0] * out.shape[1] < 2:
         return 0, 0

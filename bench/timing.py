@@ -73,7 +73,8 @@ class CudaClock:
 
     HEAD_START_CYCLES = 4_000_000
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, head_start_cycles: int = HEAD_START_CYCLES) -> None:
+        self._head_start = head_start_cycles
         l2 = int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 50 << 20))
         self._flush = torch.empty(4 * l2, dtype=torch.uint8, device=device)
 
@@ -81,7 +82,7 @@ class CudaClock:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self._flush.zero_()
         torch.cuda.synchronize()
-        torch.cuda._sleep(self.HEAD_START_CYCLES)
+        torch.cuda._sleep(self._head_start)
         start.record()
         fn()
         end.record()

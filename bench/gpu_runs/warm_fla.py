@@ -4,10 +4,11 @@
 Here several processes compile a share of the configurations each. Nothing is chosen: the run itself tunes at its own
 sizes, on a GPU that is not busy, from the cache.
 
-    FLA_CACHE_RESULTS=0 python3 bench/gpu_runs/warm_fla.py SHARE SHARES [B,H,K,V ...]
+    FLA_CACHE_RESULTS=0 python3 bench/gpu_runs/warm_fla.py SHARE SHARES [ours] [B,H,K,V ...]
 
-Without sizes: those of A to D of `python -m bench op` and of the gate of `python -m bench.training`. Those of
-`examples/layer_swap.py --preset h200` are 64,2,96,192 (training) and 1,2,96,192 (evaluation).
+With `ours` as our mixer calls them (beta in fp32, the final state asked for: other kernels), else as users do.
+Without sizes: those of A to D of `python -m bench op` and of the gate of `python -m bench.training`. The 410M models
+want 4,3,256,512, and `examples/layer_swap.py --preset h200` 64,2,96,192 (training) and 16,2,96,192 (evaluation).
 """
 
 import os
@@ -19,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 from triton.runtime.autotuner import Autotuner
+
+from m2rnn_compile.layers.linear_recurrence import linear_rnn
 
 # Some kernels are compiled for a batch size: A and D, B, C, the gate.
 SIZES = ((8, 2, 256, 512), (4, 3, 256, 512), (1, 3, 256, 512), (2, 2, 256, 512))
@@ -39,7 +42,8 @@ def autotuners() -> list[Autotuner]:
 
 def main() -> None:
     share, shares = int(sys.argv[1]), int(sys.argv[2])
-    sizes = [tuple(map(int, text.split(","))) for text in sys.argv[3:]] or SIZES
+    ours = sys.argv[3:4] == ["ours"]
+    sizes = [tuple(map(int, text.split(","))) for text in sys.argv[3 + ours :]] or SIZES
     for tuner in autotuners():
         tuner.configs = tuner.configs[share::shares] or tuner.configs[:1]
     for B, H, K, V in sizes:
@@ -48,7 +52,10 @@ def main() -> None:
         v, beta = new(B, T, H, V).requires_grad_(), new(B, T, H).sigmoid().detach().requires_grad_()
         g = (-0.2 * torch.rand(B, T, H, device="cuda")).requires_grad_()
         try:
-            y = chunk_gated_delta_rule(q, k, v, g, beta)[0]
+            if ours:
+                y = linear_rnn(q, k, v, g, beta, impl="fla").y
+            else:
+                y = chunk_gated_delta_rule(q, k, v, g, beta)[0]
             y.backward(torch.randn_like(y))
         except Exception as e:  # a share whose configurations all fail; the run will say more
             print("warm_fla", share, B, H, type(e).__name__, str(e)[:200], file=sys.stderr)

@@ -59,9 +59,10 @@ def test_columns_of_a_larger_tensor(case: str, beside: int) -> None:
         out.fill_(torch.nan)
 
 
-def test_something_more_is_added() -> None:
+@pytest.mark.parametrize("beside", [0, 10])
+def test_something_more_is_added(beside: int) -> None:
     s, want = made(*CASES["v over blocks"], torch.float32)
-    scale, plus = torch.randn(6, 16), torch.randn(B, T, 6, 16)
+    scale, plus = torch.randn(6, 16), torch.randn(B, T, 6 * 16 + beside)[..., : 6 * 16].unflatten(-1, (6, 16))
     add(s._replace(scale=scale, plus=plus), WINDOW, T_FIRST)
     torch.testing.assert_close(s.out, want + scale * plus, equal_nan=True)
 

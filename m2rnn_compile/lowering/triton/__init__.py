@@ -198,8 +198,9 @@ def scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of everything, window of time by window; see docs/design.md and `backward.py`.
 
-    For `fused_mixer.py`: `into` are dq, dk and dv to write, rows of heads in a larger tensor each; with D [N, V] dv is
-    that of v in y + D ⊙ v too, D ⊙ dy being added where its partials are. That takes a v with N heads, and dy.
+    For `fused_mixer.py`: `into` are dq, dk and dv to write, columns of a contiguous [B, T, P] each; with D [N, V] dv is
+    that of v in y + D ⊙ v too, D ⊙ dy being added where its partials are. That takes a v with N heads, and dy,
+    contiguous or such columns too.
     """
     B, T, _, K = q.shape
     V = v.shape[3]
@@ -219,7 +220,7 @@ def scan_backward(
 
     empty = lambda x: torch.empty(x.shape, dtype=x.dtype, device=x.device)
     (dq, dk, dv), df = into or (empty(q), empty(k), empty(v)), empty(f)
-    D = None if D is None else D.contiguous()
+    D, plus = (None, None) if D is None else (D.contiguous(), dy)
     carry = v.new_zeros(S, N, K, V, dtype=torch.float32)
     if dfinal_state is not None:
         carry.copy_(dfinal_state)
@@ -291,7 +292,7 @@ def scan_backward(
             sums = [Sum(p_q, dq, groups["Gq"], 1)] if dy is not None else []
             sums += [
                 Sum(p_k, dk, groups["Gk"], 1),
-                Sum(p_v, dv, groups["Gv"], blocks, D, None if D is None else dy),
+                Sum(p_v, dv, groups["Gv"], blocks, D, plus),
                 Sum(p_f, df, groups["Gf"], blocks),
             ]
             add_all(sums, window, t_first)

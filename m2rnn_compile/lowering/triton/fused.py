@@ -58,6 +58,15 @@ def _aligned_base(x: Tensor) -> tuple[Tensor, int]:
     return x.as_strided(x.shape, x.stride(), x.storage_offset() - shift), shift
 
 
+def _resident(warps: int) -> dict[str, int]:
+    """Launch options with which all programs of backward are resident at once, where 128 registers allow it.
+
+    With dg at an odd offset the compiler takes 147 registers for 8 warps: one program a multiprocessor, twice the time.
+    """
+    registers = min(255, 65536 // (32 * warps * PROGRAMS_PER_MULTIPROCESSOR))
+    return dict(num_warps=warps) if registers < 128 or INTERPRETED else dict(num_warps=warps, maxnreg=registers)
+
+
 def _check(N: int, V: int, norm: str) -> None:
     reason = unsupported(N, V, norm)
     if reason is not None:
@@ -142,19 +151,21 @@ def fused_tail_backward(
     activation: str,
     norm: str,
     *,
+    dy: Tensor | None = None,
     dg: Tensor | None = None,
     programs: int | None = None,
     warps: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dy, dg for all N heads, dD, dnorm_weight) as `ops/fused.py` specifies.
 
-    Writes to `dg` [B, T, N, V] if it is given: columns of a contiguous tensor [B, T, P].
+    Writes to `dy` and `dg` [B, T, N, V] if they are given: columns of a contiguous tensor [B, T, P].
     """
     B, T, N, V = y.shape
     _check(N, V, norm)
-    dy = v.new_empty(B, T, N, V)
+    dy = v.new_empty(B, T, N, V) if dy is None else dy
     if dg is None:
         dg = y.new_empty(0) if g is None else g.new_empty(B, T, N, V)
+    dy_base, dy_shift = _aligned_base(dy)
     dg_base, dg_shift = _aligned_base(dg)
     rows = B * T
     BN, BV, tile_warps = _tile(N, V, norm)
@@ -170,14 +181,14 @@ def fused_tail_backward(
         with _on_device(v):
             tail_backward_kernel[(programs, triton.cdiv(N, BN))](
                 do, y, v_base, y if D is None else D.contiguous(), g_base,
-                y if norm_weight is None else norm_weight.contiguous(), rstd.contiguous(), dy, dg_base, dD, dw,
+                y if norm_weight is None else norm_weight.contiguous(), rstd.contiguous(), dy_base, dg_base, dD, dw,
                 rows, T, per_program, *do.stride(), *v.stride(), *(v if g is None else g).stride(),
-                0 if g is None else pitch(dg),
+                pitch(dy), 0 if g is None else pitch(dg),
                 N=N, V=V, Gv=N // v.shape[2], Gg=1 if g is None else N // g.shape[2],
-                V_SHIFT=v_shift, G_SHIFT=g_shift, DG_SHIFT=dg_shift,
+                V_SHIFT=v_shift, G_SHIFT=g_shift, DY_SHIFT=dy_shift, DG_SHIFT=dg_shift,
                 HAS_D=D is not None, HAS_G=g is not None, HAS_W=norm_weight is not None,
                 ACT=activation, NORM=norm, FAST=_fast(y.dtype), BN=BN, BV=BV,
-                num_warps=warps or min(16, 4 * tile_warps),
+                **_resident(warps or min(16, 4 * tile_warps)),
             )  # fmt: skip
     return (
         dy,

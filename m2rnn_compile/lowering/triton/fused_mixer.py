@@ -23,7 +23,8 @@ from .decode import exponential, softplus
 from .reduce import pitch
 
 GATE_ELEMENTS = 1024  # of a tile of the gate's kernel, 4 warps
-GATE_PROGRAMS_PER_MULTIPROCESSOR = 4
+GATE_PROGRAMS_PER_MULTIPROCESSOR = 16
+WINDOW_BYTES = 112 * 2**20  # less than the scan by itself: more is alive here
 
 
 @triton.jit(do_not_specialize=["rows", "T", "per_program"])
@@ -95,6 +96,17 @@ def gate_backward(
     return dA_log, ddt_bias
 
 
+def _room_for_dy(d_raw: Tensor, y: Tensor, conv_weight: Tensor | None) -> Tensor | None:
+    """Columns of q | k | v in dx, which the convolution's backward writes last: until then they can hold dy.
+
+    A tensor of its own would add to the peak, which comes while the scan's backward runs.
+    """
+    N, V = y.shape[2:]
+    if conv_weight is None or d_raw.shape[2] < N * V:
+        return None
+    return d_raw[..., : N * V].unflatten(-1, (N, V))
+
+
 def fused_mixer_backward(
     do: Tensor | None,
     dfinal_state: Tensor | None,
@@ -136,7 +148,9 @@ def fused_mixer_backward(
         dy = do.to(v.dtype).contiguous()
     elif do is not None:
         own = d_g if g is not None and g.shape[2] == N else None
-        dy, dg, dD, dw = fused.fused_tail_backward(do, y, v, D, g, norm_weight, rstd, activation, norm, dg=own)
+        dy, dg, dD, dw = fused.fused_tail_backward(
+            do, y, v, D, g, norm_weight, rstd, activation, norm, dy=_room_for_dy(d_raw, y, conv_weight), dg=own
+        )
         if d_g is not None and own is None:
             d_g.copy_(sum_shared_heads(dg.float(), d_g.shape[2], 2))
     elif d_g is not None:
@@ -147,7 +161,7 @@ def fused_mixer_backward(
     in_sums = adds_D and v.shape[2] == N
     *_, df, dW, dh0 = scan_backward(
         dy, dfinal_state, q, k, v, factor, W, initial_state, cu_seqlens, checkpoints, state_grad_clip, chunk,
-        into=(dq, dk, dv), D=D if in_sums else None,
+        into=(dq, dk, dv), D=D if in_sums else None, window_bytes=WINDOW_BYTES,
     )  # fmt: skip
     if adds_D and not in_sums:
         assert D is not None  # for the type checker

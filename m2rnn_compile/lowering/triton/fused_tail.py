@@ -113,9 +113,10 @@ def tail_forward_kernel(
 @triton.jit(do_not_specialize=["rows", "T", "per_program"])
 def tail_backward_kernel(
     do_ptr, y_ptr, v_ptr, D_ptr, g_ptr, w_ptr, rstd_ptr, dy_ptr, dg_ptr, dD_ptr, dw_ptr,
-    rows, T, per_program, do_sb, do_st, do_sh, do_se, v_sb, v_st, v_sh, v_se, g_sb, g_st, g_sh, g_se, dg_row,
+    rows, T, per_program, do_sb, do_st, do_sh, do_se, v_sb, v_st, v_sh, v_se, g_sb, g_st, g_sh, g_se,
+    dy_row, dg_row,
     N: tl.constexpr, V: tl.constexpr, Gv: tl.constexpr, Gg: tl.constexpr,
-    V_SHIFT: tl.constexpr, G_SHIFT: tl.constexpr, DG_SHIFT: tl.constexpr,
+    V_SHIFT: tl.constexpr, G_SHIFT: tl.constexpr, DY_SHIFT: tl.constexpr, DG_SHIFT: tl.constexpr,
     HAS_D: tl.constexpr, HAS_G: tl.constexpr, HAS_W: tl.constexpr,
     ACT: tl.constexpr, NORM: tl.constexpr, FAST: tl.constexpr,
     BN: tl.constexpr, BV: tl.constexpr,
@@ -163,7 +164,7 @@ def tail_backward_kernel(
             d *= a
         if HAS_D:
             dD += d * v
-        tl.store(dy_ptr + r * (N * V) + at, d.to(dy_ptr.dtype.element_ty), mask=in_tile)
+        tl.store(dy_ptr + r * dy_row + DY_SHIFT + at, d.to(dy_ptr.dtype.element_ty), mask=in_tile)
     sums = tl.program_id(0) * (N * V) + at
     if HAS_D:
         tl.store(dD_ptr + sums, dD, mask=in_tile)

@@ -24,14 +24,14 @@ class Sum(NamedTuple):
     G: int
     blocks: int
     scale: Tensor | None = None  # [heads, D], contiguous
-    plus: Tensor | None = None  # [B, T, heads, D], contiguous
+    plus: Tensor | None = None  # [B, T, heads, D], as `out`
 
 
 @triton.jit
 def _add(
-    part_ptr, out_ptr, scale_ptr, plus_ptr, program, rows, inner, heads_in, T, t_first, block_rows, gap,
+    part_ptr, out_ptr, scale_ptr, plus_ptr, program, rows, inner, heads_in, T, t_first, block_rows, gap, plus_gap,
     BLOCKS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
-    UNIT: tl.constexpr, PLUS: tl.constexpr,
+    UNIT: tl.constexpr, PLUS: tl.constexpr, PLUS_UNIT: tl.constexpr,
 ):  # fmt: skip
     """BR rows of the output: (b, t, m) with t inside the window; `inner` = window · heads_in of them per batch element.
 
@@ -61,64 +61,67 @@ def _add(
     out_row = (b * T + t_first) * heads_in + own
     mask = (r < rows)[:, None] & (d < D)[None, :]
     result = tl.sum(total, 1)
-    out_at = (out_row * D)[:, None] + d[None, :]
+    at_dense = (out_row * D)[:, None] + d[None, :]
+    step = b * T + t_first + own // heads_in
+    # Columns beside these in a step are counted in units, for the sake of alignment.
     if PLUS:
         scale = tl.load(scale_ptr + (own % heads_in * D)[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-        result += scale * tl.load(plus_ptr + out_at, mask=mask, other=0.0).to(tl.float32)
-    if UNIT > 0:  # columns beside these in a step, counted in units for the sake of alignment
-        out_at += ((b * T + t_first + own // heads_in) * gap * UNIT)[:, None]
+        plus_at = at_dense + (step * plus_gap * PLUS_UNIT)[:, None]
+        result += scale * tl.load(plus_ptr + plus_at, mask=mask, other=0.0).to(tl.float32)
+    out_at = at_dense + (step * gap * UNIT)[:, None]
     tl.store(out_ptr + out_at, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "inner", "heads_in", "T", "t_first", "block_rows", "gap"])
+@triton.jit(do_not_specialize=["rows", "inner", "heads_in", "T", "t_first", "block_rows", "gap", "plus_gap"])
 def reduce_kernel(
-    part_ptr, out_ptr, scale_ptr, plus_ptr, rows, inner, heads_in, T, t_first, block_rows, gap, A: tl.constexpr
+    part_ptr, out_ptr, scale_ptr, plus_ptr, rows, inner, heads_in, T, t_first, block_rows, gap, plus_gap,
+    A: tl.constexpr,
 ):  # fmt: skip
     """One sum."""
     _add(
         part_ptr, out_ptr, scale_ptr, plus_ptr, tl.program_id(0), rows, inner, heads_in, T, t_first, block_rows, gap,
-        A[0], A[1], A[2], A[3], A[4], A[5], A[6], A[7],
+        plus_gap, A[0], A[1], A[2], A[3], A[4], A[5], A[6], A[7], A[8],
     )  # fmt: skip
 
 
 @triton.jit(
     do_not_specialize=[
         "T", "t_first",
-        "a_last", "a_rows", "a_inner", "a_heads", "a_stride", "a_gap",
-        "b_last", "b_rows", "b_inner", "b_heads", "b_stride", "b_gap",
-        "c_last", "c_rows", "c_inner", "c_heads", "c_stride", "c_gap",
-        "d_rows", "d_inner", "d_heads", "d_stride", "d_gap",
+        "a_last", "a_rows", "a_inner", "a_heads", "a_stride", "a_gap", "a_pgap",
+        "b_last", "b_rows", "b_inner", "b_heads", "b_stride", "b_gap", "b_pgap",
+        "c_last", "c_rows", "c_inner", "c_heads", "c_stride", "c_gap", "c_pgap",
+        "d_rows", "d_inner", "d_heads", "d_stride", "d_gap", "d_pgap",
     ]
 )  # fmt: skip
 def reduce_four_kernel(
     T, t_first,
-    a_ptr, a_out, a_scale, a_plus, a_last, a_rows, a_inner, a_heads, a_stride, a_gap,
-    b_ptr, b_out, b_scale, b_plus, b_last, b_rows, b_inner, b_heads, b_stride, b_gap,
-    c_ptr, c_out, c_scale, c_plus, c_last, c_rows, c_inner, c_heads, c_stride, c_gap,
-    d_ptr, d_out, d_scale, d_plus, d_rows, d_inner, d_heads, d_stride, d_gap,
+    a_ptr, a_out, a_scale, a_plus, a_last, a_rows, a_inner, a_heads, a_stride, a_gap, a_pgap,
+    b_ptr, b_out, b_scale, b_plus, b_last, b_rows, b_inner, b_heads, b_stride, b_gap, b_pgap,
+    c_ptr, c_out, c_scale, c_plus, c_last, c_rows, c_inner, c_heads, c_stride, c_gap, c_pgap,
+    d_ptr, d_out, d_scale, d_plus, d_rows, d_inner, d_heads, d_stride, d_gap, d_pgap,
     A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Four sums in one launch, so that one fills the GPU while another ends: programs up to a_last take the first."""
     p = tl.program_id(0)
     if p < a_last:
         _add(
-            a_ptr, a_out, a_scale, a_plus, p, a_rows, a_inner, a_heads, T, t_first, a_stride, a_gap,
-            A[0], A[1], A[2], A[3], A[4], A[5], A[6], A[7],
+            a_ptr, a_out, a_scale, a_plus, p, a_rows, a_inner, a_heads, T, t_first, a_stride, a_gap, a_pgap,
+            A[0], A[1], A[2], A[3], A[4], A[5], A[6], A[7], A[8],
         )  # fmt: skip
     elif p < b_last:
         _add(
-            b_ptr, b_out, b_scale, b_plus, p - a_last, b_rows, b_inner, b_heads, T, t_first, b_stride, b_gap,
-            B[0], B[1], B[2], B[3], B[4], B[5], B[6], B[7],
+            b_ptr, b_out, b_scale, b_plus, p - a_last, b_rows, b_inner, b_heads, T, t_first, b_stride, b_gap, b_pgap,
+            B[0], B[1], B[2], B[3], B[4], B[5], B[6], B[7], B[8],
         )  # fmt: skip
     elif p < c_last:
         _add(
-            c_ptr, c_out, c_scale, c_plus, p - b_last, c_rows, c_inner, c_heads, T, t_first, c_stride, c_gap,
-            C[0], C[1], C[2], C[3], C[4], C[5], C[6], C[7],
+            c_ptr, c_out, c_scale, c_plus, p - b_last, c_rows, c_inner, c_heads, T, t_first, c_stride, c_gap, c_pgap,
+            C[0], C[1], C[2], C[3], C[4], C[5], C[6], C[7], C[8],
         )  # fmt: skip
     else:
         _add(
-            d_ptr, d_out, d_scale, d_plus, p - c_last, d_rows, d_inner, d_heads, T, t_first, d_stride, d_gap,
-            D[0], D[1], D[2], D[3], D[4], D[5], D[6], D[7],
+            d_ptr, d_out, d_scale, d_plus, p - c_last, d_rows, d_inner, d_heads, T, t_first, d_stride, d_gap, d_pgap,
+            D[0], D[1], D[2], D[3], D[4], D[5], D[6], D[7], D[8],
         )  # fmt: skip
 
 
@@ -147,8 +150,10 @@ def _split(s: Sum, window: int, warps: int | None) -> tuple[int, int, tuple[int,
         warps = 1 if BG * BD >= 1024 else 4
     BR = 1 if BG * BD >= 1024 else min(1024, 1024 * warps // (BG * BD))
     gap, unit = _gap(s.out, heads * D)
-    numbers = (rows, window * heads, heads, s.part.stride(0) // D if s.blocks > 1 else 0, gap)
-    return triton.cdiv(rows, BR), warps, numbers, (s.blocks, s.G, D, BR, BG, BD, unit, int(s.scale is not None))
+    plus_gap, plus_unit = (0, 0) if s.plus is None else _gap(s.plus, heads * D)
+    numbers = (rows, window * heads, heads, s.part.stride(0) // D if s.blocks > 1 else 0, gap, plus_gap)
+    constants = (s.blocks, s.G, D, BR, BG, BD, unit, int(s.plus is not None), plus_unit)
+    return triton.cdiv(rows, BR), warps, numbers, constants
 
 
 def _pointers(s: Sum) -> tuple[Tensor, ...]:
@@ -157,10 +162,10 @@ def _pointers(s: Sum) -> tuple[Tensor, ...]:
 
 def add(s: Sum, window: int, t_first: int) -> None:
     """One sum over a window of time."""
-    programs, warps, (rows, inner, heads, stride, gap), shape = _split(s, window, None)
+    programs, warps, (rows, inner, heads, *strides), shape = _split(s, window, None)
     if programs:
         reduce_kernel[(programs,)](
-            *_pointers(s), rows, inner, heads, s.out.shape[1], t_first, stride, gap, A=shape, num_warps=warps
+            *_pointers(s), rows, inner, heads, s.out.shape[1], t_first, *strides, A=shape, num_warps=warps
         )
 
 
@@ -173,9 +178,9 @@ def add_all(sums: list[Sum], window: int, t_first: int) -> None:
         arguments += [*_pointers(s), last, *numbers]
         constants.append(shape)
     for _ in range(4 - len(sums)):  # never reached: no program is beyond the last
-        arguments += arguments[-10:]
+        arguments += arguments[-11:]
         constants.append(constants[-1])
-    del arguments[-6]  # the fourth ends with the grid
+    del arguments[-7]  # the fourth ends with the grid
     if last:
         reduce_four_kernel[(last,)](
             sums[0].out.shape[1], t_first, *arguments, **dict(zip("ABCD", constants, strict=True)), num_warps=1

@@ -42,15 +42,16 @@ def test_fused_scan(case: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.replace(" ", "-"))
 def test_fused_mixer(case: str, dtype: torch.dtype) -> None:
     """Training from the whole projection on; in the layer's order g begins 8 bytes behind a 16-byte boundary."""
-    runs = []
-    for taps, order, T in ((4, "the layer's", 96), (4, "padded", 80), (None, "turned", 64)):
-        sizes = {"T": T, **CASES[case]} | dict(K=64, V=16)
-        x = make_mixer(case, taps=taps, order=order, **sizes, dtype=dtype).to(device="cuda")
-        truth = run(x.to(torch.float64), composed_mixer, impl="eager")
-        eager = run(x, composed_mixer, scan=low_precision_eager)
-        got = run(x, mixer, impl="triton")
-        runs.append(tuple([results[name] for name in truth] for results in (got, eager, truth)))
-    assert_as_near_as(*runs)
+    for taps, orders in ((4, ("the layer's", "padded")), (None, ("turned", "padded"))):
+        runs = []
+        for order, T in zip(orders, (96, 80), strict=True):
+            sizes = {"T": T, **CASES[case]} | dict(K=64, V=16)
+            x = make_mixer(case, taps=taps, order=order, **sizes, dtype=dtype).to(device="cuda")
+            truth = run(x.to(torch.float64), composed_mixer, impl="eager")
+            eager = run(x, composed_mixer, scan=low_precision_eager)
+            got = run(x, mixer, impl="triton")
+            runs.append(tuple([results[name] for name in truth] for results in (got, eager, truth)))
+        assert_as_near_as(*runs)
 
 
 def test_fused_mixer_at_the_papers_sizes() -> None:

@@ -26,6 +26,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "one block of rows": dict(case="layer", N=2, K=16, V=16, T=9),
     "no conv": dict(case="layer", taps=None, N=3, K=20, V=16, T=9),
     "no conv, odd columns": dict(case="layer", taps=None, order="turned", N=3, K=5, V=3, T=9),
+    "six taps, which the convolution's kernel does not have": dict(case="layer", taps=6, N=2, K=16, V=16, T=9),
     "shared heads": dict(case="shared heads", K=20),
     "packed": dict(case="packed", T=32, seqlens=[12, 0, 20]),
     "no D, norm per head": dict(case="no D"),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2rnn_compile import M2RNN, m2rnn
+from m2rnn_compile.lowering.inductor import pad_projection
 from tests.fusion.compiling import Rewriting, fusion_on_cpu
 
 __all__ = ["fusion_on_cpu"]
@@ -114,7 +115,18 @@ def test_columns_of_one_tensor(cut: Callable[[Tensor], Parts], conv: bool, fusio
     assert backend.ops == [["fused_mixer"]]
 
 
-@pytest.mark.parametrize("cut", [other_g, copied, backwards])
+def overlapping(x: Tensor) -> Parts:
+    raw, _, g = split(x)
+    return raw, x[..., 2 : 2 + N], g
+
+
+def g_cut_without_a_gradient(x: Tensor) -> Parts:
+    raw, x_f, _ = split(x)
+    with torch.no_grad():
+        return raw, x_f, x[..., QKV + N : QKV + N + G]
+
+
+@pytest.mark.parametrize("cut", [other_g, copied, backwards, overlapping, g_cut_without_a_gradient])
 def test_parts_that_are_not(cut: Callable[[Tensor], Parts], fusion_on_cpu: None) -> None:
     backend = check(cut)
     assert WHOLE not in backend.parts()
@@ -165,3 +177,82 @@ def test_without_a_gradient_nothing_changes(fusion_on_cpu: None) -> None:
     with torch.no_grad():
         torch.compile(model, backend=backend, fullgraph=True)(torch.randn(2, 11, D))
     assert backend.ops == [["fused_scan_conv"]]
+
+
+class Cast(nn.Module):
+    """A projection in fp32 under autocast, which rounds q, k and v where the scan reads them, and not f and g."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = Plain(split, None, True)
+        self.plain.projection = nn.Identity()  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            o: Tensor = self.plain(x)[0]
+            return o
+
+
+def test_under_autocast_a_projection_in_fp32_keeps_f_and_g(fusion_on_cpu: None) -> None:
+    backend, model = Rewriting(), Cast()
+    x = torch.randn(2, 11, QKV + N + G + EXTRA, requires_grad=True)
+    torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x), atol=0.02, rtol=0.02)
+    assert "fused_mixer" not in backend.ops[0]
+    assert any("would round f and g too" in text for text in backend.records[0].left)
+
+
+# ---- the product's width --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_width_that_is_padded(
+    bias: bool, autocast: bool, fusion_on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parameters keep theirs, and so do their gradients. Under autocast the product rounds the padded weight."""
+    monkeypatch.setattr(pad_projection, "wants_padding", lambda x: x.shape[-1] % 8 != 0)
+    model, backend = Plain(split, None, True), Rewriting()
+    model.projection = nn.Linear(D, QKV + N + G + EXTRA, bias=bias)
+    assert model.projection.out_features == 57
+
+    def forward(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            o: Tensor = model(x)[0]
+            return o.float()
+
+    results = []
+    x = torch.randn(2, 11, D, requires_grad=True)
+    for fn in (torch.compile(forward, backend=backend, fullgraph=True), forward):
+        y = fn(x)
+        grads = torch.autograd.grad(y.square().sum(), [x, *model.parameters()], allow_unused=True)
+        results.append([y.detach(), *(torch.zeros(()) if d is None else d for d in grads)])
+    for a, b in zip(*results, strict=True):
+        assert a.shape == b.shape
+        limit = 0.05 if autocast else 1e-5
+        assert (a - b).norm() <= limit * b.norm()
+    assert backend.ops == [["fused_mixer"]]
+    after = backend.graphs[0][1]
+    assert "functional.pad(l_model_modules_projection_parameters_weight_, (0, 0, 0, 7))" in after
+    assert after.count("functional.pad(") == 1 + bias
+
+
+def test_a_width_of_whole_lines_stays(fusion_on_cpu: None) -> None:
+    assert "functional.pad(" not in check(split).graphs[0][1]
+
+
+@pytest.mark.parametrize(
+    "device, dtype, columns, expected",
+    [
+        ("cuda", torch.bfloat16, 2900, True),
+        ("cuda", torch.float16, 2900, True),
+        ("cuda", torch.bfloat16, 2904, False),
+        ("cuda", torch.float32, 2900, False),
+        ("cpu", torch.bfloat16, 2900, False),
+    ],
+)
+def test_which_widths_want_padding(device: str, dtype: torch.dtype, columns: int, expected: bool) -> None:
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    meta = torch.empty(2, 3, columns, dtype=dtype, device="meta")
+    x = FakeTensor(FakeTensorMode(), meta, torch.device(device))
+    assert pad_projection.wants_padding(x) == expected

@@ -40,8 +40,8 @@ def generated(mode: str) -> str:
 
 
 def test_fused() -> None:
-    """Forward: nothing T-sized between the products but what ops return. Backward: the gradients of q, k and v are put
-    side by side, D ⊙ dy added on the way, and those of the projection's parts once more: the two passes left."""
+    """Nothing T-sized between the products but what one op returns, each way: Inductor's own kernels pad weights and
+    add gradients of parameters."""
     assert_expected_inline(
         generated("on"),
         """\
@@ -67,6 +67,11 @@ bfloat16[32768, 1344]
 bfloat16[32768, 1024]
 3 MB""",
     )
+
+
+def test_a_projection_of_a_width_that_is_not_padded() -> None:
+    """2900 columns: the rewrite pads the product, and the code is the same; no pass pads x or its gradient."""
+    assert generated("narrow") == generated("on")
 
 
 def test_opaque() -> None:
@@ -112,6 +117,11 @@ bfloat16[32768, 1024]
     )
 
 
-def test_a_seeded_fault_brings_a_pass_back() -> None:
-    assert "float32[8, 4096, 1344]" not in generated("on")
-    assert "float32[8, 4096, 1344]" in generated("broken")
+@pytest.mark.parametrize(
+    "fault, buffers",
+    [("no gate", ["float32[8, 4096, 1344]"]), ("apart", ["bfloat16[8, 4096, 1472]", "bfloat16[8, 4096, 2944]"])],
+)
+def test_a_seeded_fault_brings_passes_back(fault: str, buffers: list[str]) -> None:
+    for buffer in buffers:
+        assert buffer not in generated("on")
+        assert buffer in generated(fault)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Inductor generates for a training step of the layer: python -m tests.fusion.training_code {on,off,broken}
+"""What Inductor generates for a training step of the layer: python -m tests.fusion.training_code MODE
+
+MODE is on, off, or a key of CHANGES.
 
 For a CPU, because the autograd engine of fake CUDA tensors asks for an accelerator (see `fake_cuda.py`); what is fused
 with what is decided before the device's code is written. Tensors are fake, so the released 410M model's layer at
@@ -70,13 +72,37 @@ def generated(model: nn.Module, *shape: int) -> list[dict[str, Any]]:
     return found
 
 
-def main(mode: str) -> None:
-    from m2rnn_compile import M2RNN, enable_fusion
+def _no_gate() -> None:
+    """A seeded fault: the gate is not recognised any more."""
     from m2rnn_compile.lowering.inductor import match
 
+    match._Tail.multiply_gate = lambda self, at, flat: False  # type: ignore[method-assign]
+
+
+def _apart() -> None:
+    """Another: nor that all of it is of one projection."""
+    from m2rnn_compile.lowering.inductor import rewrite
+
+    rewrite.match_projection = lambda m, conv: "seeded"
+
+
+def _narrow() -> None:
+    """No fault: a projection of 2900 columns, as of a layer that does not pad it; the rewrite pads as on a GPU."""
+    from m2rnn_compile.layers import m2rnn
+    from m2rnn_compile.lowering.inductor import pad_projection
+
+    m2rnn.PROJECTION_MULTIPLE = 1  # type: ignore[misc]
+    pad_projection.wants_padding = lambda x: x.shape[-1] % 8 != 0
+
+
+CHANGES = {"no gate": _no_gate, "apart": _apart, "narrow": _narrow}
+
+
+def main(mode: str) -> None:
+    from m2rnn_compile import M2RNN, enable_fusion
+
     enable_fusion(mode != "off", conv=True, devices=("cpu",))
-    if mode == "broken":  # a seeded fault: the gate is not recognised any more
-        match._Tail.multiply_gate = lambda self, at, flat: False  # type: ignore[method-assign]
+    CHANGES.get(mode, lambda: None)()
     layer = M2RNN(1024, num_heads=84, device="meta", dtype=torch.bfloat16)
     print(json.dumps(generated(layer, 8, 4096, 1024)))
 

@@ -96,6 +96,11 @@ def match_projection(m: Match, conv: Conv | None) -> Projection | str:
     ]  # fmt: skip
     if not all(type(n) is int for n in sizes):
         return "its columns are not constants of the graph"
+    spans = sorted((c.first, c.first + c.width) for c in columns)
+    if any(start < end for (_, end), (start, _) in zip(spans, spans[1:], strict=False)):
+        return f"parts of `{x.name}` overlap"
+    if value(x).dtype != value(m.scan)[0].dtype:
+        return f"autocast rounds q, k and v to {value(m.scan)[0].dtype}; the op would round f and g too"
     readers = _readers(pieces)
     own = obstacles.computes(conv.last, [conv.x]) if conv is not None else set()
     for piece in pieces:
@@ -107,5 +112,15 @@ def match_projection(m: Match, conv: Conv | None) -> Projection | str:
             return f"other columns of `{x.name}` are used too"
     if any(user not in readers for user in users(x)):
         return f"`{x.name}` has other uses"
-    reason = obstacles.written_later(x, m.last)
+    reason = obstacles.obstacle(_from(x, m, conv), m.last) or obstacles.written_later(x, m.last)
     return Projection(x, sizes) if reason is None else reason
+
+
+def _from(x: Node, m: Match, conv: Conv | None) -> set[Node]:
+    """What makes `m.last` of x: the cutting too, for a part that is cut without a gradient has none."""
+    assert m.last is not None
+    given = scan_arguments(m.scan)
+    others = [given.W, given.initial_state, given.cu_seqlens, m.A_log, m.dt_bias, m.D, m.norm_weight]
+    if conv is not None:
+        others += [conv.weight, conv.position]
+    return obstacles.computes(m.last, [x, *(n for n in others if n is not None)])

@@ -27,6 +27,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "gelu": ("input", "approximate"), "softplus": ("input", "beta", "threshold"), "mean": ("input", "dim", "keepdim"),
     "rms_norm": ("input", "normalized_shape", "weight", "eps"), "split": _SPLIT, "split_with_sizes": _SPLIT,
     "repeat_interleave": ("input", "repeats", "dim"), "where": ("condition", "input", "other"),
+    "linear": ("input", "weight", "bias"),
     "pad": ("input", "pad", "mode", "value"), "constant_pad_nd": ("input", "pad", "value"),
 }  # fmt: skip
 # Names that torch takes for, or a schema gives to, the same parameter.

@@ -27,6 +27,7 @@ from .match_projection import Projection, match_projection
 from .nodes import SCAN, is_check, label, name, scan_arguments, users, value
 from .normalize import normalize
 from .obstacles import obstacle, writes, written_later
+from .pad_projection import pad_projection
 
 WHOLE = "the whole projection"
 FUSED_SCAN = torch.ops.m2rnn.fused_scan.default
@@ -326,6 +327,7 @@ def _replace_all(graph: Graph, fused: Node, projection: Projection, conv: Conv |
     for part in (qkv, f, g):
         if isinstance(part, Node):
             _erase_dead(graph, part)
+    pad_projection(graph, projection.x)
 
 
 def _replace_conv(graph: Graph, conv: Conv) -> None:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...ops import conv as equations
 from ...ops.fused import keeps_y, unpack
 from ...ops.fused_mixer import filled, parts, unused
 from ...ops.reference import sum_shared_heads
@@ -168,8 +169,11 @@ def fused_mixer_backward(
         assert dy is not None
         dv.copy_(dv.float() + sum_shared_heads(D.float() * dy.float(), v.shape[2], 2))
     dconv_weight = None
-    if conv_weight is not None:
+    if conv_weight is not None and conv.unsupported(x.dtype, conv_weight.shape[1]) is None:
         _, dconv_weight = conv.conv_silu_backward(dqkv, raw, conv_weight, position, dx=d_raw)
+    elif conv_weight is not None:  # more taps than the kernel has; forward took the equations too
+        dqkv, dconv_weight = equations.conv_silu_backward(dqkv, raw, conv_weight, position)
+        d_raw.copy_(dqkv)
     dA_log, ddt_bias = gate_backward(df, f, A_log, dt_bias, forget, d_f)
     return dx, *filled(
         x, (dconv_weight, conv_weight), (dW, W), (dA_log, A_log), (ddt_bias, dt_bias), (dD, D), (dw, norm_weight),

@@ -15,10 +15,10 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import re
 import sys
 import sysconfig
 import tempfile
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -169,9 +169,8 @@ def train(
             yield (step + 1) / size.steps, f"loss {sum(losses[-20:]) / len(losses[-20:]):.3f}"
     bits, counted = bits_per_byte(trainer.model, data.held_out, seq_len=size.seq_len)
     if weights is not None:
-        weights.mkdir(parents=True, exist_ok=True)
-        state = dict(config=config.to_dict(), state=trainer.model.state_dict(), size=size.seq_len)
-        torch.save(state, weights / f"{model}, seed {seed}.pt")
+        state = dict(of=made_by(model, size), state=trainer.model.state_dict())
+        recipes.save_weights(state, weights / f"{model}, seed {seed}.pt")
     steady = sorted(seconds[min(5, len(seconds) // 2) :])
     rate = size.batch_size * size.seq_len / steady[len(steady) // 2]
     return dict(
@@ -183,7 +182,15 @@ def train(
     )  # fmt: skip
 
 
-def runs(models: dict[str, str], seeds: list[int] | None, patterns: list[str] | None) -> Iterator[tuple[str, int]]:
+def made_by(model: str, size: Size) -> dict[str, Any]:
+    """What weights depend on, besides their seed and the text."""
+    training = ("seq_len", "steps", "batch_size", "learning_rate")
+    return {name: getattr(size, name) for name in training} | dict(config=config_of(model, size).to_dict())
+
+
+def runs(
+    models: dict[str, str], seeds: list[int] | None, patterns: list[re.Pattern[str]] | None
+) -> Iterator[tuple[str, int]]:
     """(model, seed): two seeds of the decisive models, one of the others, or those that were asked for."""
     for seed in seeds or [0, 1]:
         for model in models:
@@ -241,17 +248,7 @@ def main(argv: list[str] | None = None) -> int:
         "cpu-long": "1M parameters, 4 layers, 2M bytes; about an hour on 2 cores",
     })  # fmt: skip
     parser.add_argument("--weights", type=Path, metavar="FOLDER", help="save the models there, for long_context.py")
-    args = parser.parse_args(argv)
-    console = Console()
-    if args.from_record is None:
-        rows = measure(args, console)
-    else:
-        rows = [row for file in args.from_record for row in recipes.read_record(file)[1]]
-    if rows:
-        table_of(rows, console)
-        if args.plot is not None:
-            plot(rows, args.plot)
-    return 0
+    return recipes.main(parser, argv, "layer-swap", measure, table_of, plot)
 
 
 def scaled(size: Size, factor: float) -> Size:
@@ -261,9 +258,11 @@ def scaled(size: Size, factor: float) -> Size:
 
 
 def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
-    device = recipes.device_of(args.preset, console)
-    size = SIZES[args.preset]
-    size = scaled(size, args.steps)
+    wanted = [(f"{model}, seed {seed}", model, seed) for model, seed in runs(MODELS, args.seeds, args.only)]
+    if recipes.listed([title for title, *_ in wanted], args, console):
+        return []
+    device = recipes.device_of(args.preset)
+    size = scaled(SIZES[args.preset], args.steps)
     data = load_text(size.text, size.held_out)
     console.print(
         f"{len(data.train) / 1e6:.1f} MB of {len(data.train_files)} files to train on, "
@@ -271,17 +270,12 @@ def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     )
     text = dict(train_bytes=len(data.train), held_out_bytes=len(data.held_out), fingerprint=data.fingerprint)
     sizes = json.loads(json.dumps(size._asdict(), default=dataclasses.asdict))
-    record = recipes.Record(args.out, "layer-swap", device, preset=args.preset, text=text, size=sizes)
-    started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         jobs = [
-            (f"{model}, seed {seed}", partial(train, model, seed, size, data, device, Path(folder), args.weights))
-            for model, seed in runs(MODELS, args.seeds, args.only)
+            (title, partial(train, model, seed, size, data, device, Path(folder), args.weights))
+            for title, model, seed in wanted
         ]
-        deadline = None if args.minutes is None else started + 60 * args.minutes
-        left_out = recipes.run_jobs(jobs, record, console, device, concurrent=1, deadline=deadline)
-    record.close(seconds=round(time.monotonic() - started, 1), left_out=left_out)
-    return record.rows
+        return recipes.measure(args, console, "layer-swap", device, jobs, text=text, size=sizes)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,9 @@ import dataclasses
 import math
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import layer_swap
 import recipes
@@ -31,12 +30,10 @@ from rich.table import Table
 from torch import Tensor
 
 from m2rnn_compile.layers import param_groups
-from m2rnn_compile.models import HybridLM, LMConfig
+from m2rnn_compile.models import HybridLM
 from m2rnn_compile.models.data import ByteData
 
 TIMES = (1, 4, 16)
-KEYS, VALUES, NOISE = 64, 64, 64  # three ranges of tokens
-PAIRS, RECALL_LENGTH = 8, 64
 
 # -- loss by position --------------------------------------------------------------------------------------------------
 
@@ -64,11 +61,8 @@ def read_long(
     if not file.exists():
         yield from layer_swap.train(model, seed, size, data, device, weights, weights)
     yield 0.9, "reading"
-    saved = torch.load(file, map_location=device)
-    config = LMConfig.from_dict(saved["config"])
-    if config != layer_swap.config_of(model, size) or saved["size"] != size.seq_len:
-        raise SystemExit(f"{file} was trained with another preset; give the folder of this one, or an empty one")
-    lm = HybridLM(config).to(device).eval()
+    saved = recipes.load_weights(file, layer_swap.made_by(model, size), device)
+    lm = HybridLM(layer_swap.config_of(model, size)).to(device).eval()
     lm.load_state_dict(saved["state"])
     bits = by_position(lm, data.held_out, size.seq_len, windows, device)
     said = f"bits per byte within the training length {bits[2]:.3f}, from 8 to 16 times it {bits[-1]:.3f}"
@@ -78,8 +72,28 @@ def read_long(
 # -- retrieval ---------------------------------------------------------------------------------------------------------
 
 
+class Recall(NamedTuple):
+    """The task, and how long it is trained. Keys, values and noise are three ranges of tokens."""
+
+    steps: int
+    keys: int = 64
+    values: int = 64
+    noise: int = 64
+    pairs: int = 8
+    length: int = 64
+    learning_rate: float = 2e-3
+    tests: int = 200
+
+
+RECALL = {
+    "cpu": Recall(150, keys=8, values=8, noise=8, pairs=2, length=16, learning_rate=5e-3, tests=100),
+    "h200": Recall(1500),
+    "cpu-long": Recall(600),
+}
+
+
 def recall(
-    batch: int, pairs: int, length: int, generator: torch.Generator, device: torch.device
+    task: Recall, batch: int, pairs: int, length: int, generator: torch.Generator, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Tokens ``[batch, length + 2 pairs]`` and targets, -100 but at the queries.
 
@@ -87,9 +101,10 @@ def recall(
     another order, each followed by its value.
     """
     rand = partial(torch.rand, generator=generator)
-    keys = rand(batch, KEYS).argsort(1)[:, :pairs]
-    values = torch.randint(KEYS, KEYS + VALUES, (batch, pairs), generator=generator)
-    body = torch.randint(KEYS + VALUES, KEYS + VALUES + NOISE, (batch, length), generator=generator)
+    keys = rand(batch, task.keys).argsort(1)[:, :pairs]
+    noise = task.keys + task.values
+    values = torch.randint(task.keys, noise, (batch, pairs), generator=generator)
+    body = torch.randint(noise, noise + task.noise, (batch, length), generator=generator)
     places = rand(batch, length // 2).argsort(1)[:, :pairs] * 2
     body.scatter_(1, places, keys).scatter_(1, places + 1, values)
     order = rand(batch, pairs).argsort(1)
@@ -100,19 +115,20 @@ def recall(
     return tokens.to(device), targets.to(device)
 
 
-def retrieve(model: str, seed: int, size: layer_swap.Size, steps: int, tests: int, device: torch.device) -> Any:
+def retrieve(model: str, seed: int, size: layer_swap.Size, task: Recall, device: torch.device) -> Any:
     """A job: train on recall, then test further out."""
     torch.manual_seed(seed)
-    config = dataclasses.replace(layer_swap.config_of(model, size), vocab_size=KEYS + VALUES + NOISE)
-    lm = HybridLM(config).to(device)
+    config = layer_swap.config_of(model, size)
+    lm = HybridLM(dataclasses.replace(config, vocab_size=task.keys + task.values + task.noise)).to(device)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(param_groups(lm, 0.1), lr=2e-3, betas=(0.9, 0.95))
+    peak = task.learning_rate
+    optimizer = torch.optim.AdamW(param_groups(lm, 0.1), lr=peak, betas=(0.9, 0.95))
     losses: list[float] = []
-    for step in range(steps):
+    for step in range(task.steps):
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 50, 0.05 + 1.5 * (1 - step / steps))
-        pairs = 1 + step % PAIRS
-        tokens, targets = recall(32, pairs, RECALL_LENGTH, generator, device)
+            group["lr"] = peak * min(1, (step + 1) / 50, 0.05 + 1.5 * (1 - step / task.steps))
+        pairs = 1 + step % task.pairs
+        tokens, targets = recall(task, 32, pairs, task.length, generator, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=size.bf16):
             loss = lm.loss(tokens, targets)
         optimizer.zero_grad()
@@ -121,10 +137,10 @@ def retrieve(model: str, seed: int, size: layer_swap.Size, steps: int, tests: in
         optimizer.step()
         losses.append(loss.item())
         if step % 10 == 9:
-            yield step / steps, f"loss {sum(losses[-20:]) / len(losses[-20:]):.3f}"
-    row: dict[str, Any] = dict(probe="recall", model=model, seed=seed, steps=steps, train_length=RECALL_LENGTH)
-    for name, pairs in (("mqar", PAIRS), ("needle", 1)):
-        row[name] = {t: accuracy(lm.eval(), pairs, t * RECALL_LENGTH, tests, size.bf16, device) for t in TIMES}
+            yield step / task.steps, f"loss {sum(losses[-20:]) / len(losses[-20:]):.3f}"
+    row: dict[str, Any] = dict(probe="recall", model=model, seed=seed, task=task._asdict(), loss=round(losses[-1], 4))
+    for name, pairs in (("mqar", task.pairs), ("needle", 1)):
+        row[name] = {t: accuracy(lm.eval(), task, pairs, t * task.length, size.bf16, device) for t in TIMES}
     row["summary"] = "MQAR {}, needle {}, at 1, 4, 16 times the training length".format(
         *(" / ".join(f"{x:.0%}" for x in row[name].values()) for name in ("mqar", "needle"))
     )
@@ -132,12 +148,12 @@ def retrieve(model: str, seed: int, size: layer_swap.Size, steps: int, tests: in
 
 
 @torch.no_grad()
-def accuracy(lm: HybridLM, pairs: int, length: int, tests: int, bf16: bool, device: torch.device) -> float:
+def accuracy(lm: HybridLM, task: Recall, pairs: int, length: int, bf16: bool, device: torch.device) -> float:
     """Share of queries answered right, on sequences that no training seed draws."""
     generator = torch.Generator().manual_seed(10**6)
     right, asked = 0, 0
-    for start in range(0, tests, 50):
-        tokens, targets = recall(min(50, tests - start), pairs, length, generator, device)
+    for start in range(0, task.tests, 50):
+        tokens, targets = recall(task, min(50, task.tests - start), pairs, length, generator, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             found = lm(tokens, logits_to_keep=2 * pairs).argmax(-1)
         wanted = targets[:, -2 * pairs :]
@@ -162,7 +178,9 @@ def tables(rows: list[dict[str, Any]], console: Console) -> None:
         console.print(table)
     probes = [row for row in rows if row["probe"] == "recall"]
     if probes:
-        table = Table(title=f"retrieval in %, at 1, 4 and 16 times the training length ({RECALL_LENGTH})")
+        task = Recall(**probes[0]["task"])
+        at = f"at {', '.join(map(str, TIMES))} times the training length ({task.length})"
+        table = Table(title=f"retrieval in %, {at}; chance is {100 / task.values:.1f}")
         for column in ("model", "seed", *(f"{name} ×{t}" for name in ("MQAR", "needle") for t in TIMES)):
             table.add_column(column, justify="left" if column == "model" else "right")
         for row in probes:
@@ -172,76 +190,85 @@ def tables(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    made, axes = recipes.figure(3, width=4.4)
+    """A panel for the text, if it was read, and one for each of the probes, if they were made."""
+    position = [row for row in rows if row["probe"] == "position"]
+    probes = [row for row in rows if row["probe"] == "recall"]
+    made, axes = recipes.figure(bool(position) + 2 * bool(probes), width=4.4)
     names = list(dict.fromkeys(row["model"] for row in rows))
-    for row in rows:
-        colour = f"C{names.index(row['model'])}"
-        label = row["model"] if row["seed"] == 0 else None
-        if row["probe"] == "position":
-            axes[0].plot(SPANS, row["bits"], marker="o", color=colour, label=label)
-        else:
-            for axis, name in zip(axes[1:], ("mqar", "needle"), strict=True):
-                axis.plot([f"×{t}" for t in TIMES], list(row[name].values()), marker="o", color=colour, label=label)
-    axes[0].set(title="loss by position", xlabel="up to times the training length", ylabel="bits per byte")
-    for axis, title in zip(axes[1:], (f"MQAR, {PAIRS} pairs", "needle"), strict=True):
-        axis.set(title=title, xlabel="times the training length", ylabel="right answers", ylim=(-0.03, 1.03))
-    for axis in axes:
+    panels: list[tuple[list[dict[str, Any]], str, dict[str, Any]]] = []
+    if position:
+        labels = dict(title="loss by position", xlabel="up to times the training length", ylabel="bits per byte")
+        panels.append((position, "bits", labels))
+    if probes:
+        task = Recall(**probes[0]["task"])
+        both = dict(xlabel="times the training length", ylabel="right answers", ylim=(-0.03, 1.03))
+        panels += [(probes, "mqar", both | dict(title=f"MQAR, {task.pairs} pairs"))]
+        panels += [(probes, "needle", both | dict(title="needle"))]
+    for axis, (of, key, labels) in zip(axes, panels, strict=True):
+        labelled: set[str] = set()
+        for row in of:
+            x, y = (SPANS, row[key]) if key == "bits" else ([f"×{t}" for t in TIMES], list(row[key].values()))
+            label = None if row["model"] in labelled else row["model"]
+            labelled.add(row["model"])
+            axis.plot(x, y, marker="o", color=f"C{names.index(row['model'])}", label=label)
+        if key != "bits":
+            axis.axhline(1 / task.values, color="grey", linestyle=":")
+        axis.set(**labels)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="x-small")
     recipes.save_figure(made, path)
 
 
 PRESETS = {
-    "cpu": "the models of layer_swap.py's preset of this name; recall for 60 steps: shows the way; under 5 minutes",
-    "h200": "the same with 20M parameters; recall for 1500 steps; on one GPU: --probe and --only pick, --minutes ends",
-    "cpu-long": "the same with 1M parameters; recall for 600 steps; about an hour on 2 cores",
+    "cpu": "the models of layer_swap.py's preset of this name; recall of 2 pairs among 16 tokens: shows the way;\n"
+    "     under 5 minutes on 2 cores",
+    "h200": "the same with 20M parameters; recall of 8 pairs among 64 tokens, 1500 steps; on one GPU: --probe and\n"
+    "      --only pick, --minutes ends",
+    "cpu-long": "the same with 1M parameters; recall of 8 pairs, 600 steps; about an hour on 2 cores",
 }
-RECALL_STEPS = {"cpu": 60, "h200": 1500, "cpu-long": 600}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = recipes.parser("long_context", __doc__ or "", PRESETS)
     parser.add_argument("--weights", type=Path, metavar="FOLDER", help="of layer_swap.py (default: train afresh)")
     parser.add_argument("--probe", choices=("position", "recall"), help="only this one")
-    args = parser.parse_args(argv)
-    console = Console()
-    if args.from_record is None:
-        rows = measure(args, console)
-    else:
-        rows = [row for file in args.from_record for row in recipes.read_record(file)[1]]
-    tables(rows, console)
-    if rows and args.plot is not None:
-        plot(rows, args.plot)
-    return 0
+    return recipes.main(parser, argv, "long-context", measure, tables, plot)
 
 
 def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
-    device = recipes.device_of(args.preset, console)
-    size = layer_swap.SIZES[args.preset]
-    size = layer_swap.scaled(size, args.steps)
-    steps = max(1, round(RECALL_STEPS[args.preset] * args.steps))
-    tests = max(2, round(min(1, args.steps) * 200))
-    record = recipes.Record(args.out, "long-context", device, preset=args.preset)
-    started = time.monotonic()
+    models = list(layer_swap.runs(layer_swap.MODELS, args.seeds or [0], args.only))
+    probes = [("position", ""), ("recall", "recall, ")]
+    wanted = [
+        (f"{prefix}{model}, seed {seed}", probe, model, seed)
+        for probe, prefix in probes
+        if args.probe in (None, probe)
+        for model, seed in models
+    ]
+    if recipes.listed([title for title, *_ in wanted], args, console):
+        return []
+    device = recipes.device_of(args.preset)
+    size = layer_swap.scaled(layer_swap.SIZES[args.preset], args.steps)
+    task = RECALL[args.preset]
+    shorter = min(1, args.steps)
+    task = task._replace(steps=max(1, round(task.steps * args.steps)), tests=max(2, round(task.tests * shorter)))
     with tempfile.TemporaryDirectory() as folder:
         weights = args.weights or Path(folder)
-        jobs: list[tuple[str, Any]] = []
+        facts: dict[str, Any] = {}
         if args.probe != "recall":
+            for model, seed in models:
+                file = weights / f"{model}, seed {seed}.pt"
+                if file.exists():  # refused before anything runs
+                    recipes.load_weights(file, layer_swap.made_by(model, size), torch.device("cpu"))
             data = layer_swap.load_text(size.text, size.held_out)
-            windows = max(1, round(min(1, args.steps) * (8 if device.type == "cpu" else 32)))
-            jobs += [
-                (f"{model}, seed {seed}", partial(read_long, model, seed, size, data, device, weights, windows))
-                for model, seed in layer_swap.runs(layer_swap.MODELS, args.seeds or [0], args.only)
-            ]
-        if args.probe != "position":
-            jobs += [
-                (f"recall, {model}, seed {seed}", partial(retrieve, model, seed, size, steps, tests, device))
-                for model, seed in layer_swap.runs(layer_swap.MODELS, args.seeds or [0], args.only)
-            ]
-        deadline = None if args.minutes is None else started + 60 * args.minutes
-        left_out = recipes.run_jobs(jobs, record, console, device, concurrent=1, deadline=deadline)
-    record.close(seconds=round(time.monotonic() - started, 1), left_out=left_out)
-    return record.rows
+            windows = max(1, round(shorter * (8 if device.type == "cpu" else 32)))
+            facts = dict(held_out_bytes=len(data.held_out), fingerprint=data.fingerprint, windows=windows)
+        jobs: list[tuple[str, Any]] = [
+            (title, partial(read_long, model, seed, size, data, device, weights, windows))
+            if probe == "position"
+            else (title, partial(retrieve, model, seed, size, task, device))
+            for title, probe, model, seed in wanted
+        ]
+        return recipes.measure(args, console, "long-context", device, jobs, **facts)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -390,6 +391,7 @@ class Training:
         self.model = Tracker(spec, len(self.table)).to(device)
         self.generator = torch.Generator(device).manual_seed(seed)
         self.noise_generator = torch.Generator(device).manual_seed(seed)
+        self.reached: dict[str, int] = {}  # steps after which each stage began
         self.noise = torch.tensor(self.carry.noise if self.carry else 0.0, device=device)
         self.rate = torch.tensor(0.0, device=device)
         self._new_optimizer(0.95 if self.carry is None else 0.99)
@@ -412,12 +414,14 @@ class Training:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def save(self, file: Path) -> None:
-        """What `second_phase` depends on, besides its seed."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict()), file)
+        """What `second_phase` depends on, besides its seed, and what the record says of how it came about."""
+        state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
+        facts = dict(done=self.done, right=self.right, reached=self.reached)
+        recipes.save_weights(dict(of=made_by(self.setting), **facts, **state), file)
 
     def load(self, file: Path) -> None:
-        saved = torch.load(file, map_location=self.device)
+        saved = recipes.load_weights(file, made_by(self.setting), self.device)
+        self.done, self.right, self.reached = saved["done"], saved["right"], saved["reached"]
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         for group in self.optimizer.param_groups:
@@ -614,29 +618,28 @@ def train_and_test(
     """
     spec, started = MODELS[title], time.perf_counter()
     training = Training(spec, task, setting, seed, device)
-    file = None if weights is None else weights / f"{task}, {title.replace('/', ':')}, seed {seed}.pt"
+    file = kept_file(weights, task, title, seed)
+    kept = file is not None and file.exists()
     if spec.by_hand:
-        file = None
         set_by_hand(training.model.cpu(), task)
         training.model.to(device)
         training.done = setting.steps
-    if file is not None and file.exists():
+    if file is not None and kept:
         training.load(file)
-        training.done = setting.steps
-    waiting, reached = list(training.stages), {}
+    waiting = list(training.stages)
     of = len(waiting)
     enough = ENOUGH if training.carry is None else training.carry.enough
-    while training.done < setting.steps and (waiting or training.right <= enough):
+    while not kept and training.done < setting.steps and (waiting or training.right <= enough):
         late = training.done >= 0.6 * setting.steps * (of - len(waiting)) / max(1, of - 1)
         if waiting and (training.right > ENOUGH or late):
             training.use(*waiting.pop(0))
-            reached[f"{training.elements} elements, length {training.length}"] = training.done
+            training.reached[f"{training.elements} elements, length {training.length}"] = training.done
         for _ in training.some_steps():
             said = f"{training.elements} elements, length {training.length}, {training.right:.0%} right"
             yield training.done / setting.steps, said
-    if file is not None and not file.exists():
+    if file is not None and not kept:
         training.save(file)
-    learned, learned_right = training.done, training.right
+    learned, learned_right, reached = training.done, training.right, training.reached
     if not spec.by_hand:
         training = training.second_phase(seed)
         while training.done < setting.second:
@@ -653,7 +656,7 @@ def train_and_test(
     row = dict(
         task=task, model=title, seed=seed, steps=learned, steps_at_most=setting.steps, tokens=setting.tokens,
         parameters=sum(p.numel() for p in training.model.parameters()), reached=reached,
-        learned=round(learned_right, 4), second_steps=0 if spec.by_hand else setting.second,
+        learned=round(learned_right, 4), kept_weights=kept, second_steps=0 if spec.by_hand else setting.second,
         carry=training.carry and training.carry._asdict(), noise_at_end=round(training.noise.item(), 4),
         train_exact=round(training.right, 4), seconds=round(seconds, 1),
         test_sequences=setting.test_sequences, **measured,
@@ -662,6 +665,18 @@ def train_and_test(
         f"{row['exact'][4096]:.1%}"
     )
     return row
+
+
+def kept_file(weights: Path | None, task: str, title: str, seed: int) -> Path | None:
+    """Where a run's weights are kept; those set by hand are not."""
+    if weights is None or MODELS[title].by_hand:
+        return None
+    return weights / f"{task}, {title.replace('/', ':')}, seed {seed}.pt"
+
+
+def made_by(setting: Setting) -> dict[str, int]:
+    """What kept weights depend on, besides what their file's name says."""
+    return dict(steps=setting.steps, tokens=setting.tokens)
 
 
 @torch.no_grad()
@@ -722,8 +737,12 @@ def plan(preset: str, steps: float) -> Iterator[tuple[str, str, Setting, int]]:
         for model in (RECOMMENDED, BY_HAND):
             yield task, model, setting, 3
     for model in variants:
-        if "fp32" not in model:  # the fp32 kernels are slow at V = 64, see the docs
-            yield "S3", model, short, 1
+        yield "S3", model, short, 1
+
+
+def unnamed(preset: str, name: str, patterns: Sequence[re.Pattern[str]] | None) -> bool:
+    """Whether a run is left out until --only names it: on a GPU fp32, slow at V = 64 (see the docs)."""
+    return preset == "h200" and "fp32" in name and not any("fp32" in pattern.pattern for pattern in patterns or ())
 
 
 def tables(rows: list[dict[str, Any]], console: Console) -> None:
@@ -775,20 +794,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = recipes.parser("state_tracking", __doc__ or "", PRESETS)
-    parser.add_argument("--concurrent", type=int, help="runs that share the device (default: 12 on a GPU, else 1)")
+    at_once = "runs that share the device (default: 12 on a GPU, else 1)"
+    parser.add_argument("--concurrent", type=int, choices=range(1, 65), metavar="1..64", help=at_once)
     parser.add_argument("--weights", type=Path, metavar="FOLDER", help="keep weights there; test those that are there")
-    parser.add_argument("--list", action="store_true", help="print the runs of the preset and end")
-    args = parser.parse_args(argv)
-    console = Console()
-    if args.from_record is None:
-        rows = measure(args, console)
-    else:
-        rows = [row for file in args.from_record for row in recipes.read_record(file)[1]]
-    if rows:
-        tables(rows, console)
-    if rows and args.plot is not None:
-        plot(rows, args.plot)
-    return 0
+    return recipes.main(parser, argv, "state-tracking", measure, tables, plot)
 
 
 def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
@@ -798,22 +807,22 @@ def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
         for seed in ([0] if MODELS[model].by_hand else args.seeds or range(seeds))
         if recipes.matches(f"{task}, {model}", args.only)
     ]
-    if args.list:
-        console.print("\n".join(title for title, *_ in runs))
+    later = {title for title, _, model, *_ in runs if unnamed(args.preset, model, args.only)}
+    titles = [f"{title} (if --only names fp32)" if title in later else title for title, *_ in runs]
+    if recipes.listed(titles, args, console):
         return []
-    device = recipes.device_of(args.preset, console)
-    record = recipes.Record(args.out, "state-tracking", device, preset=args.preset)
+    runs = [run for run in runs if run[0] not in later]
+    device = recipes.device_of(args.preset)
+    for _, task, model, setting, seed in runs:
+        file = kept_file(args.weights, task, model, seed)
+        if file is not None and file.exists():
+            recipes.load_weights(file, made_by(setting), torch.device("cpu"))  # refused before anything runs
     jobs = [
         (title, partial(train_and_test, model, task, seed, setting, device, args.weights))
         for title, task, model, setting, seed in runs
     ]
-    started = time.monotonic()
-    deadline = None if args.minutes is None else started + 60 * args.minutes
     concurrent = args.concurrent or (12 if device.type == "cuda" else 1)
-    left_out = recipes.run_jobs(jobs, record, console, device, concurrent=concurrent, deadline=deadline)
-    record.close(seconds=round(time.monotonic() - started, 1), left_out=left_out)
-    console.print(f"{len(record.rows)} runs in {time.monotonic() - started:.0f} s; {len(left_out)} left out")
-    return record.rows
+    return recipes.measure(args, console, "state-tracking", device, jobs, concurrent=concurrent)
 
 
 if __name__ == "__main__":

@@ -338,7 +338,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Run jobs into the record that was asked for, and return its rows. However that ends, it has its last line."""
     record = Record(args.out, recipe, device, preset=args.preset, **facts)
-    started = time.monotonic()
+    started, busy = time.monotonic(), time.process_time()
     deadline = None if args.minutes is None else started + 60 * args.minutes
     stopped: dict[str, str] = {}
     try:
@@ -348,8 +348,8 @@ def measure(
         raise
     finally:
         left_out = [title for title, _ in jobs if title not in record.finished]
-        seconds = time.monotonic() - started
-        record.close(seconds=round(seconds, 1), left_out=left_out, **stopped)
+        seconds, busy = time.monotonic() - started, time.process_time() - busy  # which tells of other jobs beside it
+        record.close(seconds=round(seconds, 1), cpu_seconds=round(busy, 1), left_out=left_out, **stopped)
         console.print(f"{len(record.rows)} runs in {seconds:.0f} s; {len(left_out)} left out", highlight=False)
     return record.rows
 

@@ -342,11 +342,14 @@ def test_text_is_split_by_package_without_duplicates(swap, tmp_path, monkeypatch
 
 
 def test_recall_asks_for_what_was_said(long):
-    tokens, targets = long.recall(20, 5, 64, torch.Generator().manual_seed(0), torch.device("cpu"))
+    task = long.Recall(1, keys=64, values=32, noise=16)
+    tokens, targets = long.recall(task, 20, 5, 64, torch.Generator().manual_seed(0), torch.device("cpu"))
     assert tokens.shape == targets.shape == (20, 74)
     for row, wanted in zip(tokens.tolist(), targets.tolist(), strict=True):
-        said = {row[i]: row[i + 1] for i in range(0, 64, 2) if row[i] < long.KEYS}
+        said = {row[i]: row[i + 1] for i in range(0, 64, 2) if row[i] < 64}
         assert len(said) == 5
+        assert all(64 <= value < 96 for value in said.values())
+        assert all(96 <= row[i] < 112 for i in range(0, 64, 2) if row[i] not in said)
         assert [w for w in wanted if w != -100] == [said[row[i]] for i in range(64, 74, 2)]
         assert all(w == -100 for w in wanted[:64] + wanted[65::2])
 

@@ -177,6 +177,7 @@ class Record:
             git=_revision(),
             source_sha256=_source_hash(),
             device=torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {os.cpu_count()} cores",
+            threads=torch.get_num_threads(),
             torch=torch.__version__,
             python=platform.python_version(),
             **facts,

@@ -395,6 +395,7 @@ def test_cpu_preset_shortened(recipe, options, tmp_path):
     head, *rows, end = map(json.loads, out.read_text().splitlines())
     assert head["kind"] == f"reproduction-{recipe.replace('_', '-')}"
     assert head["preset"] == "cpu"
+    assert head["threads"] == 1
     assert rows
     assert end["end"]
     assert all({"model", "seed", "summary"} <= row.keys() for row in rows)

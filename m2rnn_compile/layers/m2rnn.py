@@ -45,6 +45,9 @@ class DecayGate(nn.Module):
         num_heads: forget heads.
         A_init: A is drawn uniformly from this range, open at the lower end.
         dt_init: dt is drawn log-uniformly from this range; `dt_floor` bounds it from below.
+
+    Raises:
+        ValueError: `dt_init` is no range of positive numbers.
     """
 
     no_weight_decay = ("A_log", "dt_bias")
@@ -60,6 +63,11 @@ class DecayGate(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if len(dt_init) != 2 or not 0 < dt_init[0] <= dt_init[1] < math.inf:
+            raise ValueError(
+                "`dt_init` must be (low, high) with 0 < low <= high < inf, as (0.001, 0.1) of the released models, "
+                f"got {dt_init!r}"
+            )
         self.A_init, self.dt_init, self.dt_floor = A_init, dt_init, dt_floor
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         self.A_log = nn.Parameter(torch.empty(num_heads, device=device, dtype=wide))
@@ -118,7 +126,9 @@ class M2RNN(SequenceMixer):
             models' (0.001, 0.1) often near 1.
         state_grad_clip: see `m2rnn`; None for no clipping. The released models were trained with 1.
         norm_eps: of the RMSNorm before the output projection.
-        init_num_layers: layers L of the model, for the output projection's initial scale 0.02 / sqrt(2 L).
+        init_std: standard deviation of the input projection and the conv at the start. 0.02 is of the released models;
+            a narrow model that tracks states takes 1 / sqrt(hidden_size), so that q, k and v start at the size of x.
+        init_num_layers: layers L of the model: the output projection starts with init_std / sqrt(2 L).
         impl: implementation of the recurrence, see `m2rnn`.
 
     Raises:

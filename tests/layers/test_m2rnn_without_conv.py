@@ -2,6 +2,7 @@
 """`M2RNN(conv_size=None)`: no conv, no SiLU; against the equations, packed, padded, decoded, pooled, compiled."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -140,6 +141,36 @@ def test_starts_of_the_state_weight(name, dtype):
         assert torch.equal(W, torch.eye(32, dtype=dtype).expand_as(W)) == (name == "identity")
     assert name == "identity" or not torch.equal(W[0], W[1])
     assert M2RNN(D, num_heads=6, state_weight_init=name, device="meta").state_weight.is_meta
+
+
+def test_dt_init_decides_where_the_forget_gate_starts():
+    """From (0.5, 2) most heads overwrite; from the released models' range many keep nearly all."""
+    torch.manual_seed(0)
+    starts = {}
+    for dt_init in ((0.5, 2.0), (1e-3, 0.1), (0.3, 0.3)):
+        gate = M2RNN(D, num_heads=400, key_dim=4, value_dim=2, dt_init=dt_init).decay_gate
+        dt = torch.nn.functional.softplus(gate.dt_bias).detach()
+        assert dt.min() >= dt_init[0] * (1 - 1e-5)
+        assert dt.max() <= dt_init[1] * (1 + 1e-5)
+        f = gate(torch.zeros(400)).detach()
+        torch.testing.assert_close(f, torch.exp(-gate.A_log.exp() * dt).detach())
+        starts[dt_init] = f.median()
+    assert starts[0.5, 2.0] < 0.02
+    assert starts[1e-3, 0.1] > 0.8
+
+
+def test_init_std_scales_the_projections_alone():
+    torch.manual_seed(0)
+    layer = M2RNN(64, num_heads=8, key_dim=8, value_dim=16, conv_size=None, init_std=0.3, init_num_layers=2)
+    assert layer.input_projection.weight.std().item() == pytest.approx(0.3, rel=0.03)
+    assert layer.output_projection.weight.std().item() == pytest.approx(0.15, rel=0.05)
+    assert torch.equal(layer.state_weight, torch.eye(16).expand(8, 16, 16))
+
+
+@pytest.mark.parametrize("dt_init", [(0.0, 0.1), (0.1, 0.01), (-1.0, 1.0), (0.1, math.inf), (math.nan, 1.0), (0.1,)])
+def test_a_range_of_dt_that_is_none_is_refused(dt_init):
+    with pytest.raises(ValueError, match=r"`dt_init` must be \(low, high\) with 0 < low <= high.*got \("):
+        make(dt_init=dt_init)
 
 
 def test_options_are_checked():

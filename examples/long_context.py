@@ -216,7 +216,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             axis.axhline(1 / task.values, color="grey", linestyle=":")
         axis.set(**labels)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="x-small")
+    made.legend(*axes[0].get_legend_handles_labels(), fontsize="small", loc="outside lower center", ncols=2 * len(axes))
     recipes.save_figure(made, path)
 
 

@@ -131,6 +131,25 @@ MODELS = {
 DECISIVE = tuple(MODELS)[:2]
 
 
+def text_for(size: Size) -> ByteData:
+    """The text of a preset.
+
+    Raises:
+        Refused: there is less than a batch to train on, or less held out than long_context.py reads in one piece.
+    """
+    data = load_text(size.text, size.held_out)
+    for kind, text, least in (
+        ("train on", data.train, size.batch_size * size.seq_len),
+        ("hold out", data.held_out, 16 * size.seq_len),
+    ):
+        if len(text) <= least:
+            raise recipes.Refused(
+                f"this machine's Python library, packages and documents have {len(text)} bytes to {kind}, expected more "
+                f"than {least}; run it with a Python that has its library and packages as files"
+            )
+    return data
+
+
 def config_of(model: str, size: Size) -> LMConfig:
     """The model's config, its MLP as wide as the number of parameters allows."""
     pattern = expand(MODELS[model].format(n=size.layers, A=size.attention))
@@ -263,7 +282,7 @@ def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
         return []
     device = recipes.device_of(args.preset)
     size = scaled(SIZES[args.preset], args.steps)
-    data = load_text(size.text, size.held_out)
+    data = text_for(size)
     console.print(
         f"{len(data.train) / 1e6:.1f} MB of {len(data.train_files)} files to train on, "
         f"{len(data.held_out) / 1e6:.2f} MB of {len(data.held_out_files)} files in other packages held out"

@@ -260,7 +260,7 @@ def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
                 file = weights / f"{model}, seed {seed}.pt"
                 if file.exists():  # refused before anything runs
                     recipes.load_weights(file, layer_swap.made_by(model, size), torch.device("cpu"))
-            data = layer_swap.load_text(size.text, size.held_out)
+            data = layer_swap.text_for(size)
             windows = max(1, round(shorter * (8 if device.type == "cpu" else 32)))
             facts = dict(held_out_bytes=len(data.held_out), fingerprint=data.fingerprint, windows=windows)
         jobs: list[tuple[str, Any]] = [

@@ -91,6 +91,20 @@ def test_a_missing_matplotlib_is_told_before_training(modules, monkeypatch, caps
     assert "pip install 'm2rnn-compile[plot]'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("recipe", ["layer_swap", "long_context"])
+@pytest.mark.parametrize(
+    "train, held_out, said", [(900, 9000, "900 bytes to train on"), (9000, 4096, "4096 bytes to hold")]
+)
+def test_a_machine_with_too_little_text_is_told(modules, recipe, train, held_out, said, monkeypatch, capsys):
+    """Positions that no text reaches would have a loss of zero."""
+    text = lambda size: torch.ones(size, dtype=torch.uint8)
+    data = modules["layer_swap"].ByteData(text(train), text(held_out), ("a",), ("b",), (), "fingerprint")
+    monkeypatch.setattr(modules["layer_swap"], "load_text", lambda *_: data)
+    monkeypatch.setattr(modules["recipes"], "run_jobs", lambda *_, **__: pytest.fail("it ran"))
+    assert call(modules[recipe]) == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("recipe", NAMES)
 def test_a_missing_gpu_is_told(modules, recipe, tmp_path, capsys):

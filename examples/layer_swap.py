@@ -144,8 +144,8 @@ def text_for(size: Size) -> ByteData:
     ):
         if len(text) <= least:
             raise recipes.Refused(
-                f"this machine's Python library, packages and documents have {len(text)} bytes to {kind}, expected more "
-                f"than {least}; run it with a Python that has its library and packages as files"
+                f"Python's library and packages have {len(text)} bytes to {kind} here, expected more than {least}; "
+                f"run it with a Python that has its library and packages as files"
             )
     return data
 

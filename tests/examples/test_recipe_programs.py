@@ -7,6 +7,7 @@ import pty
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -243,8 +244,21 @@ def test_minutes_start_one_run_at_least_and_name_the_others(swap, monkeypatch, t
     _, row, end = lines_of(out)
     assert row["model"] == "hybrid gated deltanet"
     assert len(end["left_out"]) == 7
-    assert 0 < end["cpu_seconds"] + end["seconds"] < 60
     assert "1 runs in 0 s; 7 left out" in capsys.readouterr().out
+
+
+def test_a_record_tells_work_from_waiting(swap, monkeypatch, tmp_path):
+    def train(model, seed, *rest):
+        start = time.process_time()
+        while time.process_time() < start + 0.3:
+            pass
+        time.sleep(0.5)
+        return (yield from trained(ROW)(model, seed))
+
+    monkeypatch.setattr(swap, "train", train)
+    assert call(swap, "--only", "^m2rnn", "--out", tmp_path / "record.jsonl") == 0
+    end = lines_of(tmp_path / "record.jsonl")[-1]
+    assert 0.3 <= end["cpu_seconds"] <= end["seconds"] - 0.4
 
 
 def test_records_that_are_none_are_told_and_half_a_last_line_is_borne(modules, tmp_path, capsys):

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,9 @@ def _folder(args: argparse.Namespace) -> Path:
         if args.out is None:
             raise UserError("--resume needs --out, the folder of the run to go on with")
         return Path(args.out)
-    out = RUNS / time.strftime("train-%Y%m%d-%H%M%S") if args.out is None else Path(args.out)
+    # With the process's number: runs of a sweep begin in the same second.
+    own = RUNS / f"{time.strftime('train-%Y%m%d-%H%M%S')}-{os.getpid()}"
+    out = own if args.out is None else Path(args.out)
     if list_steps(out / CHECKPOINTS):
         raise UserError(f"{str(out)!r} already holds a run; go on with it by --resume, or give another --out")
     return out

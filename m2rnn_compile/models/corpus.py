@@ -77,7 +77,7 @@ def load_corpus(
         encode, separator, vocab_size = list, SEPARATOR, 256
     else:
         loaded, separator = load_tokenizer(Path(tokenizer), end_token)
-        vocab_size = loaded.get_vocab_size()
+        vocab_size = 1 + max(loaded.get_vocab().values())  # not their number: ids may have gaps
         encode = lambda texts: [
             e.ids for e in loaded.encode_batch([t.decode() for t in texts], add_special_tokens=False)
         ]
@@ -192,6 +192,9 @@ def load_tokenizer(path: Path, end_token: str | None = None) -> tuple[Any, int]:
         loaded = Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises plain Exception
         raise DataError(f"tokenizer file {str(path)!r} cannot be read ({error}); fetch it again") from error
+    # A file saved for another use may say so; here it would drop most of every document, or train on padding.
+    loaded.no_truncation()
+    loaded.no_padding()
     candidates = END_TOKENS if end_token is None else (end_token,)
     separator = next((i for t in candidates if (i := loaded.token_to_id(t)) is not None), None)
     if separator is None:

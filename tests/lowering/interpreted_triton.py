@@ -110,6 +110,33 @@ def test_a_step_is_a_scan_of_length_one() -> None:
     assert torch.equal(state, whole["final_state"])
 
 
+@pytest.mark.parametrize("chunk", [1, 64])
+def test_each_program_of_backward_has_a_scratch_row_of_its_own(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs run at once on a GPU and one after another here: only what they leave behind shows a shared row."""
+    made, new_empty = [], Tensor.new_empty
+
+    def poisoned(x: Tensor, *size: Any, **options: Any) -> Tensor:
+        made.append(new_empty(x, *size, **options))
+        return made[-1].fill_(torch.nan) if made[-1].is_floating_point() else made[-1]
+
+    B, N, K, V = 3, 4, 16, 16
+    draw = lambda *shape: torch.randn(*shape)
+    q, k, v, f, W = draw(B, 1, 1, K), draw(B, 1, 1, K), draw(B, 1, N, V), torch.rand(B, 1, N), draw(N, V, V)
+    checkpoints = draw(B, 1 if chunk == 1 else 2, N, K, V)
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+    lowering.scan_backward(draw(B, 1, N, V), None, q, k, v, f, W, None, None, checkpoints, None, chunk)
+    scratch, *_ = [x for x in made if x.dim() == 4 and x.shape[0] == B * N and x.shape[2:] == (K, V)]
+    assert scratch[:, 0].isfinite().all()
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 63])
+def test_a_chunk_that_groups_of_four_do_not_fill_is_refused(chunk: int) -> None:
+    B, T, N, K, V = 1, 70, 1, 16, 16
+    q, v, f, W = torch.zeros(B, T, N, K), torch.zeros(B, T, N, V), torch.zeros(B, T, N), torch.zeros(N, V, V)
+    with pytest.raises(ValueError, match=f"multiple of 4 or no less than T = 70, got {chunk}"):
+        lowering.scan(q, q, v, f, W, None, None, None, chunk)
+
+
 def test_nan_in_one_sequence_stays_there() -> None:
     x = make_inputs(1, 40, 2, 16, 16, seed=5, seqlens=[20, 20])
     clean = run_kernels(x)

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
+from m2rnn_compile.lowering.triton import _shared_programs
 from m2rnn_compile.lowering.triton.config import shared_programs
 from m2rnn_compile.lowering.triton.shares import share
 
@@ -32,6 +34,12 @@ def test_every_unit_is_walked_once_and_shares_are_equal(programs: int, scans: in
     assert sorted(walked) == [(s, u) for s in range(scans) for u in range(units)]
     lengths = {sum(b - a for _, a, b in program) for program in pieces(programs, scans, units)}
     assert max(lengths) - min(lengths) <= 1
+
+
+def test_no_time_is_not_shared_out() -> None:
+    """A share is counted in chunks of a scan, of which there are none then."""
+    v = torch.empty(8, 0, 84, 16, device="meta")
+    assert _shared_programs(v, 1344, 2, 16) is None
 
 
 @pytest.mark.parametrize(("programs", "scans", "units"), CASES)

@@ -12,6 +12,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton.runtime.errors import OutOfResources
+
 import m2rnn_compile
 from m2rnn_compile.lowering import triton as lowering
 from m2rnn_compile.lowering.triton import tuning
@@ -53,12 +55,13 @@ def test_the_pinned_one_stays_unless_another_is_clearly_faster() -> None:
 def test_one_that_cannot_run_is_left_out_and_none_is_an_error() -> None:
     def fails(config: LaunchConfig) -> LaunchConfig:
         if config != A:
-            raise RuntimeError("out of shared memory")
+            raise OutOfResources(300_000, 232_448, "shared memory")
         return config
 
     rows = tuning.choose("forward", [B], A, fails, lambda f: 1.0, lambda c: None)
     assert [(r.config, r.chosen) for r in rows] == [(A, True), (B, False)]
-    assert rows[1].problem == "RuntimeError: out of shared memory"
+    assert rows[1].problem is not None
+    assert rows[1].problem.startswith("OutOfResources: out of resource: shared memory")
     with pytest.raises(RuntimeError, match="no configuration of forward ran"):
         tuning.choose("forward", [B], C, fails, lambda f: 1.0, lambda c: None)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token data for `train`: bytes and tokenizers, packing, and what users get wrong."""
 
+import json
 import os
 
 import pytest
@@ -169,6 +170,24 @@ def test_a_tokenizer_file(tmp_path, tokenizer):
     assert corpus.bytes_per_token > 1.5
     other = load_corpus([tmp_path / "a"])
     assert other.fingerprint != corpus.fingerprint
+
+
+def test_what_a_tokenizer_file_says_of_length_does_not_cut_documents(tmp_path, tokenizer):
+    """transformers saves such settings; and ids may have gaps."""
+    from tokenizers import Tokenizer
+
+    folder = write_texts(tmp_path / "a", 4)
+    whole = load_corpus([folder], tokenizer=tokenizer)
+    for change in (lambda t: t.enable_truncation(3), lambda t: t.enable_padding(length=5000)):
+        changed = Tokenizer.from_file(str(tokenizer))
+        change(changed)
+        changed.save(str(tmp_path / "changed.json"))
+        assert torch.equal(load_corpus([folder], tokenizer=tmp_path / "changed.json").train, whole.train)
+    content = json.loads(tokenizer.read_text())
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 5000, "content": "<|far|>"})
+    content["model"]["vocab"]["<|far|>"] = 5000
+    (tmp_path / "gap.json").write_text(json.dumps(content))
+    assert load_corpus([folder], tokenizer=tmp_path / "gap.json").vocab_size == 5001
 
 
 def test_tokenizer_errors(tmp_path, tokenizer):

@@ -60,6 +60,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _shared_programs(v: Tensor, scans: int, warps: int, BV: int) -> int | None:
+    if v.shape[1] == 0:  # nothing to share out, and a share is counted in chunks of a scan
+        return None
     hopper = v.device.type == "cuda" and torch.cuda.get_device_capability(v.device)[0] == 9
     return shared_programs(scans, warps, BV, _multiprocessors(v.device), hopper)
 
@@ -92,6 +94,15 @@ def _numerics(v: Tensor, hardware_tanh: bool | None) -> dict[str, Any]:
     return dict(DOT=tl.float32 if INTERPRETED else DTYPES[v.dtype], HARDWARE=hardware and not INTERPRETED)
 
 
+def _check_chunk(chunk: int, T: int) -> None:
+    """Backward walks a chunk in groups of four steps; a sequence of one chunk may end anywhere in it."""
+    if chunk % 4 and chunk < T:
+        raise ValueError(
+            f"m2rnn: impl='triton' takes a `chunk` that is a multiple of 4 or no less than T = {T}, got {chunk}; callers of "
+            "the op pass 64"
+        )
+
+
 def _groups(N: int, q: Tensor, k: Tensor, v: Tensor, f: Tensor, W: Tensor) -> dict[str, int]:
     return dict(Gq=N // q.shape[2], Gk=N // k.shape[2], Gv=N // v.shape[2], Gf=N // f.shape[2], Gw=N // W.shape[0])
 
@@ -117,6 +128,7 @@ def scan(
     With `add_partials=False` y comes as partial sums over blocks of rows, [blocks, B, T, N, V]: `fused.py` adds them.
     """
     B, T, _, K = q.shape
+    _check_chunk(chunk, T)
     V = v.shape[3]
     N = max(q.shape[2], k.shape[2], v.shape[2], f.shape[2], W.shape[0])
     packed = cu_seqlens is not None
@@ -203,6 +215,7 @@ def scan_backward(
     contiguous or such columns too.
     """
     B, T, _, K = q.shape
+    _check_chunk(chunk, T)
     V = v.shape[3]
     N = max(q.shape[2], k.shape[2], v.shape[2], f.shape[2], W.shape[0])
     packed = cu_seqlens is not None

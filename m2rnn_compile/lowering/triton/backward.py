@@ -118,7 +118,7 @@ def scan_backward_kernel(
     carry_at = carry_ptr + sn * (K * V) + state
     program = sn * tl.num_programs(1) + block
     dW_at = dW_ptr + program * (V * V) + cols[:, None] * V + cols[None, :]
-    scratch = scratch_ptr + program * ((C // 4) * BK * BV) + tl.arange(0, BK)[:, None] * BV + cols[None, :]
+    scratch = scratch_ptr + program * (((C + 3) // 4) * BK * BV) + tl.arange(0, BK)[:, None] * BV + cols[None, :]
 
     W_at = W_ptr + (n // Gw) * (V * V)
     W = tl.load(W_at + cols[:, None] * V + cols[None, :], mask=in_W, other=0.0).to(DOT)

@@ -198,7 +198,7 @@ def decode_finish_kernel(
             weight = tl.load(norm_weight_ptr + first + features, mask=mask, other=0.0).to(tl.float32)
             tl.store(o_ptr + b * F + first + features, (o * rstd * weight).to(o_ptr.dtype.element_ty), mask=mask)
     else:
-        channel = ((tl.program_id(1) - 1) * BC + tl.arange(0, BC))[None, :]
+        channel = ((tl.program_id(1) - 1) * BC + tl.arange(0, BC)).to(tl.int64)[None, :]
         tap = tl.arange(0, BW)[:, None]
         window_at = conv_state_ptr + slot * conv_ss + tap * C + channel
         element = conv_state_ptr.dtype.element_ty

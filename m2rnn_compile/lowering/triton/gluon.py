@@ -40,8 +40,8 @@ def gluon_unsupported(v: Tensor, K: int, chunk: int) -> str | None:
         return "wider V does not fit the registers of one warp"
     if K % 16 or V % 16:
         return "inputs are copied 16 bytes at a time, aligned"
-    if chunk % 64:
-        return "a chunk is two of 32 steps"
+    if chunk not in (0, 64):
+        return "a chunk is two of 32 steps: a checkpoint of the op holds two 16-bit states"
     return _device_reason(v.device) or _import_error()
 
 

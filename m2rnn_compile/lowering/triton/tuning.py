@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from triton.errors import TritonError
 
 from ..cpu.build import cache_dir
 from .config import LaunchConfig, next_power_of_2
@@ -118,7 +119,7 @@ def choose(
     for config in dict.fromkeys([pinned, *options]):
         try:
             wrong = problem(run(config))
-        except (RuntimeError, triton.CompilationError) as e:  # out of shared memory or registers, for instance
+        except (RuntimeError, TritonError) as e:  # out of shared memory or registers, for instance
             wrong = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
         ms = measure(functools.partial(run, config)) if wrong is None else None
         rows.append(Timed(direction, config, ms, wrong, config == pinned, False))

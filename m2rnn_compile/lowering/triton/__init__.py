@@ -98,8 +98,8 @@ def _check_chunk(chunk: int, T: int) -> None:
     """Backward walks a chunk in groups of four steps; a sequence of one chunk may end anywhere in it."""
     if chunk % 4 and chunk < T:
         raise ValueError(
-            f"m2rnn: impl='triton' takes a `chunk` that is a multiple of 4 or no less than T = {T}, got {chunk}; callers of "
-            "the op pass 64"
+            f"m2rnn: impl='triton' takes a `chunk` that is a multiple of 4 or no less than T = {T}, got {chunk}; "
+            "pass 64, as `m2rnn` does"
         )
 
 

@@ -96,6 +96,8 @@ def _new(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("preset", "data"):
         if getattr(args, name) is None:
             raise UserError(f"--{name} is needed to start a run (or --resume --out DIR to go on with one)")
+    if args.end_token is not None and args.tokenizer is None:
+        raise UserError(f"--end-token {args.end_token!r} names a token of a --tokenizer, and none was given")
     options = {name: getattr(args, name) for name in FIXED}
     for name, value in DEFAULTS.items():
         if options[name] is None:
@@ -221,7 +223,11 @@ def _print_end(console: Console, trainer: Trainer, seconds: float) -> None:
     assert isinstance(data, Corpus)
     with console.status("scoring the held-out documents ..."):
         bits, counted = bits_per_byte(
-            trainer.model, data.held_out, seq_len=trainer.config.seq_len, separator=data.separator
+            trainer.model,
+            data.held_out,
+            seq_len=trainer.config.seq_len,
+            batch_size=min(16, trainer.config.batch_size),  # what fitted while training fits here
+            separator=data.separator,
         )
     per_byte = bits / data.bytes_per_token
     console.print(

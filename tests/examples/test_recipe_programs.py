@@ -19,6 +19,12 @@ RECORDS = ROOT / "bench" / "results" / "reproduction"
 NAMES = ("state_tracking", "layer_swap", "long_context")
 
 
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch):
+    """Tables with whole names, also where there is no terminal to be wide."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def modules():
     sys.path.insert(0, str(EXAMPLES))

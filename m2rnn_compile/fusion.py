@@ -40,7 +40,8 @@ def enable_fusion(
         prologue: also move the forget gate into the op. It saves no pass over memory.
         conv: also move the causal convolution and SiLU in front of the scan into the op: in inference they are part of
             the scan's own kernel, with the forget gate and the tail; in training they get kernels of their own, one
-            pass of the backward instead of four.
+            pass of the backward instead of four, and where q | k | v, f and g are columns of one tensor, as in the
+            layer, the op takes that tensor whole, forget gate included, and gives its gradient in one piece.
 
     Returns:
         The settings before, to restore with ``enable_fusion(**before._asdict())``.

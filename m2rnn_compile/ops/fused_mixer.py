@@ -13,7 +13,7 @@ afterwards, that of q, k and v twice (before and after the convolution): two pas
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,55 @@ LIB.define(
 _backward = torch.ops.m2rnn.fused_mixer_backward.default
 
 
+class BackwardArguments(NamedTuple):
+    """What `m2rnn::fused_mixer_backward` takes."""
+
+    do: Tensor | None
+    dfinal_state: Tensor | None
+    x: Tensor
+    conv_weight: Tensor | None
+    position: Tensor | None
+    sizes: list[int]
+    W: Tensor
+    A_log: Tensor | None
+    dt_bias: Tensor | None
+    D: Tensor | None
+    norm_weight: Tensor | None
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    qkv: Tensor
+    y: Tensor
+    rstd: Tensor
+    checkpoints: Tensor
+    state_grad_clip: float | None
+    forget: str
+    activation: str
+    norm: str
+    chunk: int
+    impl: str
+
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """Those that the gradients behind dx are of, in the order of the op's results."""
+        return self.conv_weight, self.W, self.A_log, self.dt_bias, self.D, self.norm_weight, self.initial_state
+
+    def qkv_of_scan(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v as the scan had them: behind the convolution, if there is one."""
+        return fused.unpack(parts(self.x, self.sizes)[0] if self.conv_weight is None else self.qkv, self.sizes[:5])
+
+
+def _columns(sizes: list[int]) -> list[tuple[int, int]]:
+    """(first, width) of q | k | v, x_f and g in x."""
+    Nq, Nk, Nv, K, V, Nf, Ng, *at = sizes
+    return list(zip(at, [(Nq + Nk) * K + Nv * V, Nf, Ng * V], strict=True))
+
+
+def unused(sizes: list[int], width: int) -> list[tuple[int, int]]:
+    """(first, end) of what lies between the parts in x; where parts overlap, an end stands before its first."""
+    spans = sorted((first, first + size) for first, size in _columns(sizes) if size)
+    ends, starts = [0, *(end for _, end in spans)], [*(first for first, _ in spans), width]
+    return [(a, b) for a, b in zip(ends, starts, strict=True) if a != b]
+
+
 def parts(x: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Views (q | k | v [B, T, C], x_f [B, T, Nf], g [B, T, Ng, V] or None if Ng = 0) of x [B, T, P].
 
@@ -53,26 +102,13 @@ def parts(x: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
             "m2rnn: `x` must have shape [B, T, P] and `sizes` must be [Nq, Nk, Nv, K, V, Nf, Ng] and the first columns "
             f"of q | k | v, f and g; got x {tuple(x.shape)}, sizes {list(sizes)}"
         )
-    Nq, Nk, Nv, K, V, Nf, Ng, *at = sizes
-    widths = [(Nq + Nk) * K + Nv * V, Nf, Ng * V]
-    spans = sorted((first, first + width) for first, width in zip(at, widths, strict=True) if width)
-    ends = [0, *(end for _, end in spans)]
-    if any(first < end for (first, _), end in zip(spans, ends, strict=False)) or ends[-1] > x.shape[2]:
+    if any(first > end for first, end in unused(sizes, x.shape[2])):
         raise ValueError(
-            f"m2rnn: `sizes` puts q | k | v, f and g at columns {spans} of `x`, which has {x.shape[2]}; "
-            "they must be inside of it and must not overlap"
+            f"m2rnn: `sizes` puts q | k | v, f and g at (first column, width) {_columns(sizes)} of `x`, which has "
+            f"{x.shape[2]} columns; they must be inside of it and must not overlap"
         )
-    qkv, f, g = (x.narrow(2, first, width) for first, width in zip(at, widths, strict=True))
-    return qkv, f, g.unflatten(-1, (Ng, V)) if Ng else None
-
-
-def unused(sizes: list[int], width: int) -> list[tuple[int, int]]:
-    """(first, end) of the columns of x that no part uses."""
-    Nq, Nk, Nv, K, V, Nf, Ng, *at = sizes
-    widths = [(Nq + Nk) * K + Nv * V, Nf, Ng * V]
-    spans = sorted((first, first + size) for first, size in zip(at, widths, strict=True) if size)
-    ends, starts = [0, *(end for _, end in spans)], [*(first for first, _ in spans), width]
-    return [(a, b) for a, b in zip(ends, starts, strict=True) if a < b]
+    qkv, f, g = (x.narrow(2, first, width) for first, width in _columns(sizes))
+    return qkv, f, g.unflatten(-1, (sizes[6], sizes[4])) if sizes[6] else None
 
 
 def _check(
@@ -105,83 +141,45 @@ def _kernel(
 
 
 @torch.library.impl(LIB, "fused_mixer_backward", "CompositeExplicitAutograd")
-def _backward_kernel(
-    do: Tensor | None,
-    dfinal_state: Tensor | None,
-    x: Tensor,
-    conv_weight: Tensor | None,
-    position: Tensor | None,
-    sizes: list[int],
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    W, _, _, _, _, initial_state, cu_seqlens, qkv, *_, chunk, impl = rest
-    raw, f, _ = _check(x, conv_weight, position, sizes, chunk)
-    q, k, v = fused.unpack(raw if conv_weight is None else qkv, sizes[:5])
-    lowering = registry.lowering_for(impl, x.device, (q, k, v, f, W, initial_state, cu_seqlens))
-    kernels = registry.load_mixer(lowering)
-    run = composed_backward if kernels is None else kernels.fused_mixer_backward
-    grads: tuple[Tensor, ...] = run(do, dfinal_state, x, conv_weight, position, sizes, *rest)
-    return grads
+def _backward_kernel(*args: Any) -> tuple[Tensor, ...]:
+    given = BackwardArguments(*args)
+    _, f, _ = _check(given.x, given.conv_weight, given.position, given.sizes, given.chunk)
+    tensors = (*given.qkv_of_scan(), f, given.W, given.initial_state, given.cu_seqlens)
+    kernels = registry.load_mixer(registry.lowering_for(given.impl, given.x.device, tensors))
+    dx, grads = (composed_backward if kernels is None else kernels.fused_mixer_backward)(given)
+    return dx, *(
+        # Empty where there is no input, zero where the output had no gradient.
+        dx.new_empty(0) if of is None else of.new_zeros(of.shape) if d is None else d.to(of.dtype).contiguous()
+        for d, of in zip(grads, given.inputs(), strict=True)
+    )
 
 
-def composed_backward(
-    do: Tensor | None,
-    dfinal_state: Tensor | None,
-    x: Tensor,
-    conv_weight: Tensor | None,
-    position: Tensor | None,
-    sizes: list[int],
-    W: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    D: Tensor | None,
-    norm_weight: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    qkv: Tensor,
-    y: Tensor,
-    rstd: Tensor,
-    checkpoints: Tensor,
-    state_grad_clip: float | None,
-    forget: str,
-    activation: str,
-    norm: str,
-    chunk: int,
-    impl: str,
-) -> tuple[Tensor, ...]:
-    """The backward of `fused.py`, then that of the convolution; their gradients are copied to where they belong."""
-    raw, f, g = parts(x, sizes)
-    dx = x.new_zeros(x.shape)
-    into, into_f, into_g = parts(dx, sizes)
+def composed_backward(given: BackwardArguments) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """(dx, gradients of `given.inputs()`): the backward of `fused.py`, then that of the convolution; their gradients are copied to where they belong."""
+    raw, f, g = parts(given.x, given.sizes)
+    dx = given.x.new_zeros(given.x.shape)
+    into, into_f, into_g = parts(dx, given.sizes)
+    h0 = given.initial_state
     options = SimpleNamespace(
-        clip=state_grad_clip, forget=forget, activation=activation, norm=norm, chunk=chunk, impl=impl,
-        initial_dtype=None if initial_state is None else initial_state.dtype,
+        clip=given.state_grad_clip, forget=given.forget, activation=given.activation, norm=given.norm,
+        chunk=given.chunk, impl=given.impl, initial_dtype=None if h0 is None else h0.dtype,
     )  # fmt: skip
     saved = (
-        *fused.unpack(raw if conv_weight is None else qkv, sizes[:5]), f, W, A_log, dt_bias, D, g, norm_weight,
-        initial_state, cu_seqlens, y, rstd, checkpoints,
+        *given.qkv_of_scan(), f, given.W, given.A_log, given.dt_bias, given.D, g, given.norm_weight, h0,
+        given.cu_seqlens, given.y, given.rstd, given.checkpoints,
     )  # fmt: skip
-    dq, dk, dv, df, dW, dA_log, ddt_bias, dD, dg, dw, dh0, *_ = fused.gradients(options, saved, do, dfinal_state)
+    dq, dk, dv, df, dW, dA_log, ddt_bias, dD, dg, dw, dh0, *_ = fused.gradients(
+        options, saved, given.do, given.dfinal_state
+    )
     dqkv = fused.pack(dq, dk, dv)
     dconv_weight = None
-    if conv_weight is not None:
-        dqkv, dconv_weight = conv.run_backward(dqkv, raw, conv_weight, position)
+    if given.conv_weight is not None:
+        dqkv, dconv_weight = conv.run_backward(dqkv, raw, given.conv_weight, given.position)
     into.copy_(dqkv)
     into_f.copy_(df)
     if into_g is not None and dg is not None:
         into_g.copy_(dg)
-    return dx, *filled(
-        x, (dconv_weight, conv_weight), (dW, W), (dA_log, A_log), (ddt_bias, dt_bias), (dD, D), (dw, norm_weight),
-        (dh0, initial_state),
-    )  # fmt: skip
-
-
-def filled(x: Tensor, *pairs: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor, ...]:
-    """The gradients of (gradient, input): empty where there is no input, zero where the output had no gradient."""
-    return tuple(
-        x.new_empty(0) if of is None else of.new_zeros(of.shape) if grad is None else grad.to(of.dtype).contiguous()
-        for grad, of in pairs
-    )
+    return dx, (dconv_weight, dW, dA_log, ddt_bias, dD, dw, dh0)
 
 
 # ---- fakes ----------------------------------------------------------------------------------------------------------
@@ -211,22 +209,11 @@ def _fake(
 
 
 @torch.library.register_fake("m2rnn::fused_mixer_backward", lib=LIB)
-def _backward_fake(
-    do: Tensor | None,
-    dfinal_state: Tensor | None,
-    x: Tensor,
-    conv_weight: Tensor | None,
-    position: Tensor | None,
-    sizes: list[int],
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    _check(x, conv_weight, position, sizes, rest[-2])
-    W, A_log, dt_bias, D, norm_weight, initial_state = rest[:6]
-    inputs = (conv_weight, W, A_log, dt_bias, D, norm_weight, initial_state)
-    return (
-        x.new_empty(x.shape),
-        *(x.new_empty(0) if of is None else of.new_empty(of.shape) for of in inputs),
-    )
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    given = BackwardArguments(*args)
+    x = given.x
+    _check(x, given.conv_weight, given.position, given.sizes, given.chunk)
+    return x.new_empty(x.shape), *(x.new_empty(0) if of is None else of.new_empty(of.shape) for of in given.inputs())
 
 
 # ---- autograd -------------------------------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ class FusionSettings(NamedTuple):
         enabled: off means the opaque op, as if there were no rewrite at all.
         devices: device types on which the surroundings move into the op. Only where that saves passes over memory.
         prologue: also move the forget gate into the op, though it saves no pass (a kernel of B·T·N either way).
-        conv: also move the causal convolution with its SiLU in front of q | k | v into an op: one of its own, or the
-            scan's where no backward follows.
+        conv: also move the causal convolution with its SiLU in front of q | k | v into an op: the scan's, where no
+            backward follows or q | k | v, f and g are columns of one tensor (with the forget gate then), or its own.
     """
 
     enabled: bool = True

@@ -63,17 +63,20 @@ def load(name: str) -> ModuleType:
 
 
 @functools.lru_cache(None)
+def _load_beside(lowering: ModuleType, constant: str) -> ModuleType | None:
+    """The module that a lowering names in `constant`; imported by whoever needs it, once."""
+    name = getattr(lowering, constant, None)
+    return None if name is None else importlib.import_module(name)
+
+
 def load_fused(lowering: ModuleType) -> ModuleType | None:
     """The kernels that a lowering has for the tail of the fused scan, or None: then it runs in torch."""
-    name = getattr(lowering, "FUSED", None)
-    return None if name is None else importlib.import_module(name)
+    return _load_beside(lowering, "FUSED")
 
 
-@functools.lru_cache(None)
 def load_mixer(lowering: ModuleType) -> ModuleType | None:
     """The kernels that a lowering has for the backward of the fused mixer, or None: then it is put together."""
-    name = getattr(lowering, "MIXER", None)
-    return None if name is None else importlib.import_module(name)
+    return _load_beside(lowering, "MIXER")
 
 
 def why_not(name: str, device: torch.device, tensors: tuple[Tensor | None, ...]) -> str | None:

@@ -46,32 +46,11 @@ def make_mixer(case: str, *, taps: int | None = 4, order: str = "padded", **opti
     return Fused(tensors, {**made.options, "sizes": sizes, "position": position}, made.do, made.dfinal_state)
 
 
-def arguments(
-    x: Tensor,
-    W: Tensor,
-    *,
-    sizes: list[int],
-    position: Tensor | None,
-    conv_weight: Tensor | None = None,
-    A_log: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    D: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    state_grad_clip: float | None = None,
-    forget: str = "none",
-    activation: str = "silu",
-    norm: str = "none",
-    norm_eps: float = 1e-5,
-    impl: str = "auto",
-    chunk: int = 64,
-) -> tuple[Any, ...]:
-    """In the op's order."""
-    return (
-        x, conv_weight, position, sizes, W, A_log, dt_bias, D, norm_weight, initial_state, cu_seqlens,
-        state_grad_clip, forget, activation, norm, norm_eps, name_of(x.dtype), chunk, impl,
-    )  # fmt: skip
+def arguments(*, impl: str = "auto", chunk: int = 64, **given: Any) -> tuple[Any, ...]:
+    """In the op's order; what is not given is None."""
+    names = [a.name for a in torch.ops.m2rnn.fused_mixer.default._schema.arguments]
+    given |= dict(out_dtype=name_of(given["x"].dtype), impl=impl, chunk=chunk)
+    return tuple(given.get(n) for n in names)
 
 
 def mixer(**given: Any) -> tuple[Tensor, Tensor]:

@@ -128,7 +128,7 @@ def _fuse_one(graph: Graph, scan: Node, settings: FusionSettings) -> FusionRecor
     record = _record(scan, m, parts, left)
     fused = _replace(graph, m)
     if isinstance(projection, Projection):
-        _replace_all(graph, fused, projection, found)
+        _replace_projection(graph, fused, projection, found)
         return record
     whole = whole and not training and all(user.args[1] in (0, 1) for user in fused.users)
     if found is not None and not (whole and _can_absorb(found, fused)):
@@ -312,7 +312,7 @@ def _replace_whole(graph: Graph, fused: Node, conv: Conv | None) -> None:
         _erase_dead(graph, conv.last)
 
 
-def _replace_all(graph: Graph, fused: Node, projection: Projection, conv: Conv | None) -> None:
+def _replace_projection(graph: Graph, fused: Node, projection: Projection, conv: Conv | None) -> None:
     """The op that takes the whole projection in the place of the one that takes its parts."""
     qkv, _, f, W, A_log, dt_bias, D, g, *rest = fused.args
     start = (None, None) if conv is None else (conv.weight, conv.position)

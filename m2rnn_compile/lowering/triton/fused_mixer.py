@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...ops import conv as equations
 from ...ops.fused import keeps_y, unpack
-from ...ops.fused_mixer import filled, parts, unused
+from ...ops.fused_mixer import BackwardArguments, parts, unused
 from ...ops.reference import sum_shared_heads
 from . import _multiprocessors, _on_device, conv, fused, scan_backward
 from .config import next_power_of_2
@@ -108,35 +108,12 @@ def _room_for_dy(d_raw: Tensor, y: Tensor, conv_weight: Tensor | None) -> Tensor
     return d_raw[..., : N * V].unflatten(-1, (N, V))
 
 
-def fused_mixer_backward(
-    do: Tensor | None,
-    dfinal_state: Tensor | None,
-    x: Tensor,
-    conv_weight: Tensor | None,
-    position: Tensor | None,
-    sizes: list[int],
-    W: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    D: Tensor | None,
-    norm_weight: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    qkv: Tensor,
-    y: Tensor,
-    rstd: Tensor,
-    checkpoints: Tensor,
-    state_grad_clip: float | None,
-    forget: str,
-    activation: str,
-    norm: str,
-    chunk: int,
-    impl: str,
-) -> tuple[Tensor, ...]:
-    """As `ops/fused_mixer.py` specifies; gradients of parameters are in their dtypes."""
+def fused_mixer_backward(given: BackwardArguments) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """(dx, gradients of `given.inputs()`); see `ops/fused_mixer.py`."""
+    x, sizes, do, y, D, conv_weight = given.x, given.sizes, given.do, given.y, given.D, given.conv_weight
     raw, f, g = parts(x, sizes)
-    q, k, v = unpack(raw if conv_weight is None else qkv, sizes[:5])
-    N = checkpoints.shape[2]
+    q, k, v = given.qkv_of_scan()
+    N = given.checkpoints.shape[2]
     dx = x.new_empty(x.shape)
     for first, end in unused(sizes, x.shape[2]):
         dx[..., first:end].zero_()
@@ -145,24 +122,25 @@ def fused_mixer_backward(
     dq, dk, dv = unpack(dqkv, sizes[:5])
 
     dy = dD = dw = None
-    if do is not None and not keeps_y(D, g, norm, chunk):
+    if do is not None and not keeps_y(D, g, given.norm, given.chunk):
         dy = do.to(v.dtype).contiguous()
     elif do is not None:
         own = d_g if g is not None and g.shape[2] == N else None
         dy, dg, dD, dw = fused.fused_tail_backward(
-            do, y, v, D, g, norm_weight, rstd, activation, norm, dy=_room_for_dy(d_raw, y, conv_weight), dg=own
-        )
+            do, y, v, D, g, given.norm_weight, given.rstd, given.activation, given.norm,
+            dy=_room_for_dy(d_raw, y, conv_weight), dg=own,
+        )  # fmt: skip
         if d_g is not None and own is None:
             d_g.copy_(sum_shared_heads(dg.float(), d_g.shape[2], 2))
     elif d_g is not None:
         d_g.zero_()
 
-    factor = fused.forget_gate(f, A_log, dt_bias, forget)
+    factor = fused.forget_gate(f, given.A_log, given.dt_bias, given.forget)
     adds_D = D is not None and dy is not None
     in_sums = adds_D and v.shape[2] == N
     *_, df, dW, dh0 = scan_backward(
-        dy, dfinal_state, q, k, v, factor, W, initial_state, cu_seqlens, checkpoints, state_grad_clip, chunk,
-        into=(dq, dk, dv), D=D if in_sums else None, window_bytes=WINDOW_BYTES,
+        dy, given.dfinal_state, q, k, v, factor, given.W, given.initial_state, given.cu_seqlens, given.checkpoints,
+        given.state_grad_clip, given.chunk, into=(dq, dk, dv), D=D if in_sums else None, window_bytes=WINDOW_BYTES,
     )  # fmt: skip
     if adds_D and not in_sums:
         assert D is not None  # for the type checker
@@ -170,12 +148,9 @@ def fused_mixer_backward(
         dv.copy_(dv.float() + sum_shared_heads(D.float() * dy.float(), v.shape[2], 2))
     dconv_weight = None
     if conv_weight is not None and conv.unsupported(x.dtype, conv_weight.shape[1]) is None:
-        _, dconv_weight = conv.conv_silu_backward(dqkv, raw, conv_weight, position, dx=d_raw)
+        _, dconv_weight = conv.conv_silu_backward(dqkv, raw, conv_weight, given.position, dx=d_raw)
     elif conv_weight is not None:  # more taps than the kernel has; forward took the equations too
-        dqkv, dconv_weight = equations.conv_silu_backward(dqkv, raw, conv_weight, position)
+        dqkv, dconv_weight = equations.conv_silu_backward(dqkv, raw, conv_weight, given.position)
         d_raw.copy_(dqkv)
-    dA_log, ddt_bias = gate_backward(df, f, A_log, dt_bias, forget, d_f)
-    return dx, *filled(
-        x, (dconv_weight, conv_weight), (dW, W), (dA_log, A_log), (ddt_bias, dt_bias), (dD, D), (dw, norm_weight),
-        (dh0, initial_state),
-    )  # fmt: skip
+    dA_log, ddt_bias = gate_backward(df, f, given.A_log, given.dt_bias, given.forget, d_f)
+    return dx, (dconv_weight, dW, dA_log, ddt_bias, dD, dw, dh0)

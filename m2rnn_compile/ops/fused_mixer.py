@@ -155,7 +155,10 @@ def _backward_kernel(*args: Any) -> tuple[Tensor, ...]:
 
 
 def composed_backward(given: BackwardArguments) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """(dx, gradients of `given.inputs()`): the backward of `fused.py`, then that of the convolution; their gradients are copied to where they belong."""
+    """(dx, gradients of `given.inputs()`): the backward of `fused.py`, then that of the convolution.
+
+    Their gradients are copied to where they belong.
+    """
     raw, f, g = parts(given.x, given.sizes)
     dx = given.x.new_zeros(given.x.shape)
     into, into_f, into_g = parts(dx, given.sizes)

@@ -195,7 +195,10 @@ def test_a_run_with_a_tokenizer_generates_text(tmp_path, capfd):
         (["--preset", "m2rnn-410m"], "--data is needed"),
         (["--preset", "m2rn-410m", "--data", "texts"], "no preset is called 'm2rn-410m'; did you mean m2rnn-410m"),
         (["--preset", "m2rnn-410m", "--data", "nowhere"], "nowhere' does not exist"),
-        (["--preset", "m2rnn-410m", "--data", "texts", "--end-token", "x"], "--end-token 'x' names a token of a --token"),
+        (
+            ["--preset", "m2rnn-410m", "--data", "texts", "--end-token", "x"],
+            "--end-token 'x' names a token of a --token",
+        ),
         (["--resume"], "--resume needs --out"),
         (["--resume", "--out", "nowhere"], "no checkpoint at 'nowhere'"),
         (["--preset", "m2rnn-410m", "--miniature", "--layers", "9", "--data", "texts"], "has only 8 here"),

@@ -157,6 +157,7 @@ class Carry(NamedTuple):
     noise: float = 0.0  # standard deviation of what is added to H while the rule is learned, and at first later
     floor: float = 0.0  # at least so much later
     most: float = 0.15  # at most so much later
+    quiet: float = 0.0  # share of the carried steps, the last ones, in which `most` falls to `floor`
     relabel: bool = True  # a wrong word goes on from the product the model said; else it ends and a new one begins
     every: tuple[int, int] = (2, 4)  # elements between noise and noise: while the rule is learned, and later
     at_once: bool = True  # learn from words of 16 over all elements at once
@@ -167,7 +168,7 @@ class Carry(NamedTuple):
 
 def carry_of(elements: int, **changes: Any) -> Carry:
     """What was found for groups of that size, see docs/reproduction.md: small ones learn from words of 16 at once."""
-    both = dict(noise=0.15, floor=0.02, most=0.3, relabel=False, rate=0.5)
+    both = dict(noise=0.15, floor=0.02, most=0.3, quiet=0.25, relabel=False, rate=0.5)
     return Carry(**both | (dict(at_once=False, enough=ENOUGH) if elements >= 60 else {}) | changes)
 
 
@@ -266,6 +267,7 @@ MODELS |= {
     "tracking, polished": m2rnn_spec(tracking(), carry=None),
     "tracking, no noise": m2rnn_spec(tracking(), carry=dict(noise=0.0)),
     "tracking, noise to 0.15": m2rnn_spec(tracking(), carry=dict(most=0.15)),
+    "tracking, noise to the end": m2rnn_spec(tracking(), carry=dict(quiet=0.0)),
     "tracking, exact tanh": m2rnn_spec(tracking(), hardware_tanh=False),
     "tracking, fp32": m2rnn_spec(tracking(), bf16=False),
     "tracking, fp32, approximate tanh": m2rnn_spec(tracking(), bf16=False, hardware_tanh=True),
@@ -545,6 +547,7 @@ class Carried(Training):
         (block,) = self.model.blocks
         assert block.sequence_mixer.cache_is_all
         self._start(falling(self.spec.learning_rate * self.carry.rate, 0.02, self.setting.second))
+        self.most = torch.tensor(most_noise(self.carry, self.setting.second), device=self.device)  # at each step
         self.use(len(self.table), self.carry.segment)
         rows, self.segments = self.words.shape[1], TRAIN_LENGTH // self.carry.segment
         self.cache = block.sequence_mixer.init_cache(rows)
@@ -581,7 +584,8 @@ class Carried(Training):
         self.at.copy_(said.masked_fill(self.fresh, 0))  # element 0 moves nothing
         if self.carry.noise:
             sure = torch.sign(right.all(1).float().mean() - SURE)
-            self.noise.mul_(torch.exp(0.01 * sure)).clamp_(self.carry.floor, self.carry.most)
+            most = self.most.index_select(0, self.step)[0]
+            self.noise.mul_(torch.exp(0.01 * sure)).clamp_(min=self.carry.floor).clamp_(max=most)
 
 
 def up_to_first_wrong(right: Tensor) -> Tensor:
@@ -593,6 +597,13 @@ def falling(peak: float, end: float, steps: int, warm_up: int = 1) -> list[float
     """Learning rates: constant for a fifth of all steps, after a warm-up, then down to a share `end` of the peak."""
     down = lambda i: end ** max(0.0, (i / steps - 0.2) / 0.8)
     return [peak * min(1, (i + 1) / warm_up) * down(i) for i in range(steps + 1)]
+
+
+def most_noise(carry: Carry, steps: int) -> list[float]:
+    """The most noise at each step: `most`, and towards the end, if it is to be `quiet` there, down to `floor`."""
+    quiet = steps * carry.quiet
+    left = [min(1.0, (steps - i) / quiet) if quiet else 1.0 for i in range(steps + 1)]
+    return [carry.floor + (carry.most - carry.floor) * share for share in left]
 
 
 def stages(elements: int, at_once: bool = False) -> list[tuple[int, int]]:
@@ -610,7 +621,8 @@ def stages(elements: int, at_once: bool = False) -> list[tuple[int, int]]:
 def train_and_test(
     title: str, task: str, seed: int, setting: Setting, device: torch.device, weights: Path | None = None
 ) -> Any:
-    """A job for `recipes.run_jobs`. With a folder for `weights`, what is there already is not trained again.
+    """A job for `recipes.run_jobs`. With a folder for `weights`, a rule that is there already is not learned again;
+    what the second phase makes of it lies beside it, to look at.
 
     It goes from one of the `stages` to the next, and from the last one to the second phase (carried states, or
     polishing), when enough training words are all right; at the latest by a schedule that leaves every model 40 % of
@@ -648,6 +660,9 @@ def train_and_test(
                 said = f"{'carried' if training.carry else 'polishing'}, {training.length}, {training.right:.0%} right"
                 yield training.done / setting.second, said
     seconds = time.perf_counter() - started
+    if file is not None:
+        trained = dict(of=made_by(setting), model=training.model.state_dict())
+        recipes.save_weights(trained, file.with_name(f"{file.stem}, trained.pt"))
     yield 1.0, "testing"
     measured = test(training.model.eval(), spec, training.table, setting.test_sequences, device)
     if spec.bf16 is None and device.type == "cuda":
@@ -725,7 +740,9 @@ def plan(preset: str, steps: float) -> Iterator[tuple[str, str, Setting, int]]:
         for model in variants:
             yield "S3", model, Setting(scale(1500), 2048, 200, scale(2000)), 3
         return
-    long, short = (Setting(scale(n), 8192, 1000, scale(second)) for n, second in ((6000, 40000), (3000, 8000)))
+    long, short = (
+        Setting(scale(n), 8192, tests, scale(n2)) for n, n2, tests in ((6000, 40000, 4000), (3000, 8000, 1000))
+    )
     for task, setting in (("S5", long), ("S3", short)):
         yield task, RECOMMENDED, setting, 3
     for model in ("tracking, 4 heads", "tracking, noise to 0.15", "tracking, no noise", "tracking, polished"):

@@ -309,6 +309,13 @@ def test_models_whose_cache_is_not_all_are_polished(tracking):
     assert tracking.carry_of(6).noise == tracking.carry_of(120).noise > tracking.carry_of(120).floor
 
 
+def test_the_noise_falls_at_the_end_where_it_is_to_be_quiet() -> None:
+    carry = tracking.Carry(floor=0.1, most=0.5, quiet=0.5)
+    assert tracking.most_noise(carry, 4) == pytest.approx([0.5, 0.5, 0.5, 0.3, 0.1])
+    assert tracking.most_noise(carry._replace(quiet=0.0), 2) == [0.5] * 3
+
+
+
 # -- the swap and long context -----------------------------------------------------------------------------------------
 
 

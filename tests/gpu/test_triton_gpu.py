@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.library import opcheck
 
 from m2rnn_compile import explain_impl, m2rnn, m2rnn_step
-from m2rnn_compile.testing import ScanInputs, assert_accurate, make_inputs, oracle, run, run_low_precision
+from m2rnn_compile.testing import (
+    ScanInputs,
+    assert_accurate,
+    low_precision_eager,
+    make_inputs,
+    oracle,
+    run,
+    run_low_precision,
+)
 
 pytestmark = pytest.mark.gpu
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -61,6 +69,71 @@ def test_values_and_gradients(case: str) -> None:
 def test_lengths_around_chunks_and_groups(T: int, V: int) -> None:
     x = inputs(2, T, 4, 64, V, dtype=BF16, seed=T, initial_state=True)
     assert_accurate(run(x, impl="triton"), oracle(x, impl="eager"), run_low_precision(x))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+def test_gradients_of_a_step_at_the_papers_sizes(dtype: torch.dtype) -> None:
+    """5,376 scans of one step: thousands of programs write their scratch at once, and bits repeat."""
+    x = inputs(64, 1, 84, 64, 16, dtype=dtype, initial_state=True)
+
+    def step(q: Tensor, k: Tensor, v: Tensor, f: Tensor, W: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        y, state = m2rnn_step(q[:, 0], k[:, 0], v[:, 0], f[:, 0], W, initial_state=options["initial_state"])
+        return y.unsqueeze(1), state
+
+    got = run(x, step)
+    assert_accurate(got, oracle(x, impl="eager"), run_low_precision(x))
+    for _ in range(20):
+        again = run(x, step)
+        assert all(torch.equal(got[name], again[name]) for name in got)
+
+
+def test_no_steps_at_the_papers_sizes() -> None:
+    """Scans are shared out among programs here, and there is nothing to share."""
+    x = inputs(8, 0, 84, 64, 16, dtype=BF16, initial_state=True)
+    got = run(x, impl="triton")
+    assert got["y"].shape == (8, 0, 84, 16)
+    assert torch.equal(got["final_state"], x.initial_state)
+    assert torch.equal(got["dinitial_state"], x.dfinal_state)
+    assert not got["dW"].any()
+
+
+@pytest.mark.parametrize("V", [16, 64, 128])
+@pytest.mark.parametrize("only", ["y", "final_state"])
+def test_a_gradient_of_one_output_only(only: str, V: int) -> None:
+    x = inputs(2, 130, 4, 64, V, dtype=BF16, initial_state=True)
+
+    def one(q: Tensor, k: Tensor, v: Tensor, f: Tensor, W: Tensor, *, scan: Any, **options: Any) -> Any:
+        y, state = scan(q, k, v, f, W, **options)
+        return (y, state.detach()) if only == "y" else (y.detach(), state)
+
+    by = lambda scan: lambda *a, **k: one(*a, scan=scan, **k)
+    eager_impl = lambda *a, **k: m2rnn(*a, impl="eager", **k)
+    truth = run(x.to(torch.float64), by(eager_impl))
+    assert_accurate(run(x, by(m2rnn)), truth, run(x, by(low_precision_eager)))
+
+
+@pytest.mark.parametrize("V", [16, 64])
+def test_the_state_does_not_drift_over_64k_steps(V: int) -> None:
+    """bf16 inputs, the hardware's tanh, 16-bit checkpoints; gates with time constants of up to a thousand steps."""
+    x = inputs(1, 65_536, 4, 64, V, dtype=BF16, dfinal_state=False)
+    a = (x.q, x.k, x.v, x.f, x.W)
+    with torch.no_grad():
+        got, eager = m2rnn(*a, impl="triton"), low_precision_eager(*a)
+        truth = m2rnn(*(t.double() for t in a), impl="eager")
+    named = [dict(y=r[0], final_state=r[1]) for r in (got, truth, eager)]
+    assert_accurate(*named, slices=32)
+
+
+@pytest.mark.parametrize(("dtype", "V"), [(BF16, 16), (BF16, 64), (FP32, 16), (BF16, 128)], ids=str)
+@pytest.mark.parametrize("chunk", [4, 16, 32, 64, 128, 256])
+def test_chunks(chunk: int, dtype: torch.dtype, V: int) -> None:
+    """The op's own argument: 64 steps between checkpoints is the Gluon kernels', others are the portable ones'."""
+    x = inputs(2, 150, 4, 64, V, dtype=dtype, initial_state=True, state_grad_clip=0.5)
+    truth, eager = oracle(x, impl="eager"), run_low_precision(x)
+    op = lambda q, k, v, f, W, *, initial_state, cu_seqlens, state_grad_clip: torch.ops.m2rnn.scan(
+        q, k, v, f, W, initial_state, cu_seqlens, state_grad_clip, chunk, "triton"
+    )[:2]
+    assert_accurate(run(x, op), truth, eager)
 
 
 CONFIGS = [  # rows, warps, registers; and V

@@ -157,7 +157,7 @@ class Carry(NamedTuple):
     noise: float = 0.0  # standard deviation of what is added to H while the rule is learned, and at first later
     floor: float = 0.0  # at least so much later
     most: float = 0.15  # at most so much later
-    quiet: float = 0.0  # share of the carried steps, the last ones, in which `most` falls to `floor`
+    mixed: bool = False  # later, rows have from none to all of it: a state without noise is met in training too
     relabel: bool = True  # a wrong word goes on from the product the model said; else it ends and a new one begins
     every: tuple[int, int] = (2, 4)  # elements between noise and noise: while the rule is learned, and later
     at_once: bool = True  # learn from words of 16 over all elements at once
@@ -168,7 +168,7 @@ class Carry(NamedTuple):
 
 def carry_of(elements: int, **changes: Any) -> Carry:
     """What was found for groups of that size, see docs/reproduction.md: small ones learn from words of 16 at once."""
-    both = dict(noise=0.15, floor=0.02, most=0.3, quiet=0.25, relabel=False, rate=0.5)
+    both = dict(noise=0.15, floor=0.02, most=0.4, mixed=True, relabel=False, rate=0.5)
     return Carry(**both | (dict(at_once=False, enough=ENOUGH) if elements >= 60 else {}) | changes)
 
 
@@ -267,7 +267,7 @@ MODELS |= {
     "tracking, polished": m2rnn_spec(tracking(), carry=None),
     "tracking, no noise": m2rnn_spec(tracking(), carry=dict(noise=0.0)),
     "tracking, noise to 0.15": m2rnn_spec(tracking(), carry=dict(most=0.15)),
-    "tracking, noise to the end": m2rnn_spec(tracking(), carry=dict(quiet=0.0)),
+    "tracking, equal noise": m2rnn_spec(tracking(), carry=dict(most=0.3, mixed=False)),
     "tracking, exact tanh": m2rnn_spec(tracking(), hardware_tanh=False),
     "tracking, fp32": m2rnn_spec(tracking(), bf16=False),
     "tracking, fp32, approximate tanh": m2rnn_spec(tracking(), bf16=False, hardware_tanh=True),
@@ -395,6 +395,7 @@ class Training:
         self.noise_generator = torch.Generator(device).manual_seed(seed)
         self.reached: dict[str, int] = {}  # steps after which each stage began
         self.noise = torch.tensor(self.carry.noise if self.carry else 0.0, device=device)
+        self.share = torch.ones(1, 1, 1, 1, device=device)  # of the noise, row by row
         self.rate = torch.tensor(0.0, device=device)
         self._new_optimizer(0.95 if self.carry is None else 0.99)
         self._start([spec.learning_rate * min(1, (i + 1) / 100) for i in range(setting.steps + 1)])
@@ -491,7 +492,7 @@ class Training:
         logits = []
         for piece in words.split(every, 1):
             noise = torch.empty_like(cache.state).normal_(generator=self.noise_generator)
-            said, cache = self.model.go_on(piece, cache._replace(state=cache.state + self.noise * noise))
+            said, cache = self.model.go_on(piece, cache._replace(state=cache.state + self.noise * self.share * noise))
             logits.append(said)
         return torch.cat(logits, 1), cache
 
@@ -547,13 +548,14 @@ class Carried(Training):
         (block,) = self.model.blocks
         assert block.sequence_mixer.cache_is_all
         self._start(falling(self.spec.learning_rate * self.carry.rate, 0.02, self.setting.second))
-        self.most = torch.tensor(most_noise(self.carry, self.setting.second), device=self.device)  # at each step
         self.use(len(self.table), self.carry.segment)
         rows, self.segments = self.words.shape[1], TRAIN_LENGTH // self.carry.segment
         self.cache = block.sequence_mixer.init_cache(rows)
         self.at = torch.zeros(rows, dtype=torch.int64, device=self.device)  # the product each word stands at
         self.fresh = torch.ones(rows, dtype=torch.bool, device=self.device)  # a new word begins
         self.left = 1 + torch.arange(rows, device=self.device) % self.segments  # segments to the end of the word
+        mixed = torch.linspace(0, 1, rows, device=self.device).view(-1, 1, 1, 1)
+        self.share = mixed if self.carry.mixed else torch.ones_like(mixed)
 
     def next_words(self) -> None:
         """Always segments."""
@@ -584,8 +586,7 @@ class Carried(Training):
         self.at.copy_(said.masked_fill(self.fresh, 0))  # element 0 moves nothing
         if self.carry.noise:
             sure = torch.sign(right.all(1).float().mean() - SURE)
-            most = self.most.index_select(0, self.step)[0]
-            self.noise.mul_(torch.exp(0.01 * sure)).clamp_(min=self.carry.floor).clamp_(max=most)
+            self.noise.mul_(torch.exp(0.01 * sure)).clamp_(self.carry.floor, self.carry.most)
 
 
 def up_to_first_wrong(right: Tensor) -> Tensor:
@@ -597,13 +598,6 @@ def falling(peak: float, end: float, steps: int, warm_up: int = 1) -> list[float
     """Learning rates: constant for a fifth of all steps, after a warm-up, then down to a share `end` of the peak."""
     down = lambda i: end ** max(0.0, (i / steps - 0.2) / 0.8)
     return [peak * min(1, (i + 1) / warm_up) * down(i) for i in range(steps + 1)]
-
-
-def most_noise(carry: Carry, steps: int) -> list[float]:
-    """The most noise at each step: `most`, and towards the end, if it is to be `quiet` there, down to `floor`."""
-    quiet = steps * carry.quiet
-    left = [min(1.0, (steps - i) / quiet) if quiet else 1.0 for i in range(steps + 1)]
-    return [carry.floor + (carry.most - carry.floor) * share for share in left]
 
 
 def stages(elements: int, at_once: bool = False) -> list[tuple[int, int]]:

@@ -251,6 +251,18 @@ def test_noise_on_the_state_comes_between_elements_and_follows_success(tracking)
     assert phase.noise.item() == pytest.approx(0.1)  # nor less than the floor
 
 
+def test_mixed_noise_leaves_the_first_row_alone(tracking):
+    phase = learned(tracking, noise=0.5, floor=0.1, mixed=True).second_phase(0)
+    words = torch.zeros(24, 4, dtype=torch.int64)
+    with torch.no_grad():
+        noisy, _ = phase._go_on(words, phase.cache, every=2)
+        phase.noise.zero_()
+        clean, _ = phase._go_on(words, phase.cache, every=2)
+    moved = (noisy - clean).square().mean((1, 2)).sqrt()
+    assert moved[0] == 0
+    assert 0 < moved[1:5].mean() < 0.5 * moved[-4:].mean()
+
+
 def test_a_step_with_carried_states_never_waits_for_its_device(tracking):
     """As a CUDA graph needs it: no value read, no tensor made from the host's, no shape that depends on values."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -307,13 +319,6 @@ def test_models_whose_cache_is_not_all_are_polished(tracking):
     assert not tracking.carry_of(120).at_once
     assert tracking.carry_of(120, relabel=True).relabel
     assert tracking.carry_of(6).noise == tracking.carry_of(120).noise > tracking.carry_of(120).floor
-
-
-def test_the_noise_falls_at_the_end_where_it_is_to_be_quiet() -> None:
-    carry = tracking.Carry(floor=0.1, most=0.5, quiet=0.5)
-    assert tracking.most_noise(carry, 4) == pytest.approx([0.5, 0.5, 0.5, 0.3, 0.1])
-    assert tracking.most_noise(carry._replace(quiet=0.0), 2) == [0.5] * 3
-
 
 
 # -- the swap and long context -----------------------------------------------------------------------------------------

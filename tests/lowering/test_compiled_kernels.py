@@ -255,7 +255,7 @@ forward A        | registers <= 176 | stack <= 128 | shared <= 27648
 forward B        | registers <= 144 | stack <= 128 | shared <= 27648
 forward C        | registers <= 112 | stack <= 128 | shared <= 19456
 forward D        | registers <= 255 | stack <= 128 | shared <= 91136
-backward A       | registers <= 184 | stack <= 128 | shared <= 26624
+backward A       | registers <= 255 | stack <= 128 | shared <= 26624
 backward B       | registers <= 255 | stack <= 128 | shared <= 26624
 backward C       | registers <= 152 | stack <= 128 | shared <= 15360
 """)

@@ -97,8 +97,7 @@ def redo(h, h_low, k8, v8, f8, dy_right, e_shared, first, u: gl.constexpr, W, dq
     L: gl.constexpr = h.type.layout
     f = pick(f8, u)
     h, z, e = advance(h, h_low, outer(k8, only_step_at(v8, first, u, BV), BK, BV, L), f, W)
-    g = gl.full((BK, BV), 0.0, gl.float32, L) + (1.0 - f)
-    s = multiply((1.0 - z * z).to(LOW), g.to(LOW))
+    s = ((1.0 - z * z) * (1.0 - f)).to(LOW)  # rounded once: an error of 1 - f alone would be every element's
     h_low = h.to(LOW)
     if HAS_DY:
         dq = mma_v2(left_operand(h_low), only_column_at(dy_right, first + u, BV), dq)

@@ -79,6 +79,9 @@ class GRUConfig:
     conv_size: int = 4
 
 
+MixerConfig = M2RNNConfig | GatedDeltaNetConfig | AttentionConfig | Mamba2Config | VectorRNNConfig | GRUConfig
+
+
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
     """Arguments of `layers.MoE`, and the weight of its auxiliary loss (summed over layers) in the training loss."""

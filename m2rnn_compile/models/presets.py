@@ -12,6 +12,7 @@ from .config import (
     GatedDeltaNetConfig,
     LMConfig,
     M2RNNConfig,
+    MixerConfig,
     MoEConfig,
 )
 from .pattern import expand
@@ -27,6 +28,21 @@ MOE_7B = LMConfig(
     gated_deltanet=GatedDeltaNetConfig(num_heads=3),
     moe=MoEConfig(),
 )
+
+
+# What the paper has at a width. Of the 7B size it has three mixers; the others stand in MOE_7B with the 410M sizes.
+_SIZES: dict[int, dict[str, MixerConfig]] = {
+    DENSE_410M.hidden_size: {
+        name: getattr(DENSE_410M, name)
+        for name in ("m2rnn", "attention", "gated_deltanet", "mamba2", "vector_rnn", "gru")
+    },
+    MOE_7B.hidden_size: {name: getattr(MOE_7B, name) for name in ("m2rnn", "attention", "gated_deltanet")},
+}
+
+
+def paper_sizes(field: str, hidden_size: int) -> MixerConfig | None:
+    """The mixer of the paper's models of that width, or None where it has none: `field` is one of `LMConfig`."""
+    return _SIZES.get(hidden_size, {}).get(field)
 
 
 def _family(base: LMConfig, suffix: str, swaps_before_attention: int) -> dict[str, LMConfig]:

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple, SupportsIndex
 import torch
 
 from ..layers import Cache, param_groups
+from .config import LMConfig, MixerConfig
 from .lm import HybridLM
 from .mixers import MIXERS, build_mixer
+from .presets import paper_sizes
 
 
 class Swap(NamedTuple):
@@ -51,11 +53,15 @@ def swap_layer(
     optimizer: torch.optim.Optimizer | None = None,
     cache: tuple[Cache, ...] | None = None,
     impl: str | None = None,
+    sizes: MixerConfig | None = None,
 ) -> Swap:
     """Put a newly initialised mixer into layer `index` of `model`, in place.
 
     All other weights stay the same tensors; the layer's norm and MLP too. Device, dtype, training mode and
-    ``requires_grad`` are the old mixer's. `model.config.pattern` follows.
+    ``requires_grad`` are the old mixer's. `model.config` follows: its pattern, and the sizes of that kind of layer.
+
+    The new layer has the sizes of the model's other layers of its kind. Without any, those that the model's config was
+    given, which is all that differs from the defaults; else the paper's for a model as wide as this one.
 
     Args:
         letter: see `models.MIXERS`.
@@ -63,11 +69,13 @@ def swap_layer(
             of the right kind (with or without weight decay); everything else in it stays.
         cache: decode caches of the model; come back in the result with this layer's emptied.
         impl: of the M²RNN recurrence; default the model's.
+        sizes: of the new layer, such as ``M2RNNConfig(num_heads=132)``.
 
     Raises:
-        TypeError: `index` is no integer.
+        TypeError: `index` is no integer, or `sizes` are of another kind of layer.
         IndexError: there is no such layer.
-        ValueError: no mixer has that letter; or a group of the optimizer for the new parameters is missing.
+        ValueError: no mixer has that letter; its sizes are not known, or not those of the model's other layers of that
+            kind; or a group of the optimizer for the new parameters is missing.
     """
     config = model.config
     if isinstance(index, bool) or not isinstance(index, SupportsIndex):
@@ -79,6 +87,10 @@ def swap_layer(
     weight = next(p for p in old.parameters() if p.dim() == 2)
     pattern = config.pattern[:index] + letter + config.pattern[index + 1 :]
     new_config = dataclasses.replace(config, pattern=pattern)
+    if letter in MIXERS:  # `build_mixer` says so where it is none
+        others = config.pattern[:index] + config.pattern[index + 1 :]
+        chosen: Any = {MIXERS[letter].field: _sizes(config, others, letter, sizes)}
+        new_config = dataclasses.replace(new_config, **chosen)
     new = build_mixer(letter, new_config, impl=impl or model.impl, device=weight.device, dtype=weight.dtype)
     new.train(old.training).requires_grad_(weight.requires_grad)
     prefix = f"transformer.h.{index}.sequence_mixer."
@@ -102,6 +114,33 @@ def swap_layer(
         difference=model.num_parameters() - before,
         cache=cache,
     )
+
+
+def _sizes(config: LMConfig, others: str, letter: str, given: MixerConfig | None) -> MixerConfig:
+    """The sizes of a new layer beside layers `others`; a config holds the 410M's for kinds that nobody sized."""
+    field = MIXERS[letter].field
+    told: MixerConfig = getattr(config, field)
+    kind = type(told)
+    if given is not None:
+        if not isinstance(given, kind):
+            raise TypeError(
+                f"swap_layer: `sizes` of a layer {letter!r} must be a {kind.__name__}, got {type(given).__name__}"
+            )
+        if letter in others and given != told:
+            raise ValueError(
+                f"swap_layer: all layers {letter!r} of a model have the same sizes, {told}, but `sizes` are {given}; "
+                "leave them out"
+            )
+        return given
+    if letter in others or told != kind():
+        return told
+    known = paper_sizes(field, config.hidden_size)
+    if known is None:
+        raise ValueError(
+            f"swap_layer: the model has no other layer {letter!r}, its config gives none of their sizes, and the paper "
+            f"has none of hidden size {config.hidden_size}; give them, for example sizes={kind.__name__}(num_heads=...)"
+        )
+    return known
 
 
 def _swap_parameters(optimizer: torch.optim.Optimizer, old: torch.nn.Module, new: torch.nn.Module, prefix: str) -> None:

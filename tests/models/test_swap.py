@@ -7,9 +7,20 @@ import pytest
 import torch
 
 from m2rnn_compile.layers import M2RNN, GatedDeltaNet, param_groups
-from m2rnn_compile.models import HybridLM, miniature, preset, swap_layer
+from m2rnn_compile.models import (
+    GatedDeltaNetConfig,
+    HybridLM,
+    LMConfig,
+    M2RNNConfig,
+    Mamba2Config,
+    miniature,
+    preset,
+    swap_layer,
+)
+from m2rnn_compile.models.lm_engine import RowOrders, config_from_released, config_to_released
 
 CONFIG = dataclasses.replace(miniature(preset("hybrid-gated-deltanet-410m"), layers=6))
+SMALL = GatedDeltaNetConfig(num_heads=2, key_dim=16, value_dim=16)
 TOKENS = torch.randint(0, 256, (2, 9))
 
 
@@ -92,6 +103,41 @@ def test_a_plus_one_preset_is_a_swapped_hybrid():
     swap_layer(model, 0, "M")
     assert model.config == preset("hybrid-gated-deltanet+1-410m")
     assert model.num_parameters() == HybridLM(model.config, device="meta").num_parameters()
+
+
+@pytest.mark.parametrize("name", ["gated-deltanet-7b", "gated-deltanet-410m", "m2rnn-7b", "softmax-410m"])
+@pytest.mark.parametrize("letter", "MGA")
+def test_a_kind_that_a_released_file_does_not_hold_gets_the_sizes_of_the_model(name, letter):
+    """Such a file says nothing about it; the presets do."""
+    expected = dataclasses.replace(preset(name), attention=preset("hybrid-m2rnn-" + name.split("-")[-1]).attention)
+    if letter in preset(name).pattern:
+        expected = preset(name)
+    config = config_from_released(config_to_released(preset(name), RowOrders()))
+    model = HybridLM(config, device="meta")
+    swap_layer(model, 2, letter)
+    expected = HybridLM(dataclasses.replace(expected, pattern=model.config.pattern), device="meta")
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in expected.named_parameters()}
+    assert HybridLM(model.config, device="meta").num_parameters() == model.num_parameters()
+
+
+def test_sizes_that_are_not_known_are_asked_for():
+    model = HybridLM(LMConfig(vocab_size=256, hidden_size=48, mlp_size=64, pattern="GG", gated_deltanet=SMALL))
+    before = list(model.parameters())
+    with pytest.raises(ValueError, match=r"the paper has none of hidden size 48; give them.*sizes=M2RNNConfig\(num_h"):
+        swap_layer(model, 0, "M")
+    with pytest.raises(ValueError, match=r"hidden size 1536; give them, for example sizes=Mamba2Config"):
+        swap_layer(HybridLM(preset("m2rnn-7b"), device="meta"), 0, "2")
+    with pytest.raises(TypeError, match="`sizes` of a layer 'M' must be a M2RNNConfig, got Mamba2Config"):
+        swap_layer(model, 0, "M", sizes=Mamba2Config())
+    with pytest.raises(ValueError, match="all layers 'G' of a model have the same sizes"):
+        swap_layer(model, 0, "G", sizes=GatedDeltaNetConfig(num_heads=3))
+    assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
+    sizes = M2RNNConfig(num_heads=3, key_dim=8, value_dim=8)
+    swap_layer(model, 0, "M", sizes=sizes)
+    assert model.config.m2rnn == sizes
+    assert model.mixers[0].state_weight.shape == (3, 8, 8)
+    swap_layer(model, 1, "M")  # as the first
+    assert model.mixers[1].state_weight.shape == (3, 8, 8)
 
 
 def test_errors():

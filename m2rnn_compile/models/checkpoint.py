@@ -2,7 +2,8 @@
 """Checkpoints: safetensors for tensors, JSON for the rest, written atomically, checked when read.
 
 A checkpoint is a folder ``step-00000123`` with ``model.safetensors`` (names as in the model), ``optimizer.safetensors``
-(``<state>.<parameter>``) and ``state.json`` (config, step, random state, and a hash of the other two files). It is
+(``<state>.<parameter>``) and ``state.json`` (config, step, random state, a hash of the other two files, and which
+parameters the optimizer had no state of: those of a layer swapped in after the last step). It is
 built under a temporary name and renamed when complete, so an interruption leaves either the whole of it or nothing.
 """
 
@@ -35,12 +36,14 @@ class Checkpoint(NamedTuple):
         model: tensors by parameter name.
         optimizer: tensors by ``<state>.<parameter>``.
         state: the rest, as it was given to `save`.
+        stateless: parameters that the optimizer had no state of.
     """
 
     path: Path
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
+    stateless: tuple[str, ...] = ()
 
 
 def _safetensors() -> Any:
@@ -99,11 +102,12 @@ def save(
             name: {"bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)}
             for name in (MODEL, OPTIMIZER)
         }
-        record = {"format": FORMAT, "step": step, "files": files, "state": state}
+        stateless = [] if optimizer is None else _stateless(model, optimizer)
+        record = {"format": FORMAT, "step": step, "files": files, "stateless": stateless, "state": state}
         (partial / STATE).write_text(json.dumps(record, indent=1))
         for name in (MODEL, OPTIMIZER, STATE):
             _fsync(partial / name)
-        if target.exists():  # the same step again (an interruption right after a periodic save): same content
+        if target.exists():  # the same step again, perhaps with a layer swapped since
             shutil.rmtree(target)
         os.replace(partial, target)
         _fsync(Path(root))
@@ -144,6 +148,7 @@ def load(path: str | Path) -> Checkpoint:
         record = json.loads((folder / STATE).read_text())
         step, files, state = record["step"], record["files"], record["state"]
         known = {name: (files[name]["bytes"], files[name]["sha256"]) for name in (MODEL, OPTIMIZER)}
+        stateless = tuple(record.get("stateless", ()))
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint file {str(folder / STATE)!r} is missing; {out}") from error
     except OSError as error:
@@ -176,7 +181,7 @@ def load(path: str | Path) -> Checkpoint:
         raise CheckpointError(
             f"checkpoint file {str(folder / STATE)!r} is damaged (step or state of a wrong type); {out}"
         )
-    return Checkpoint(folder, tensors[MODEL], tensors[OPTIMIZER], state)
+    return Checkpoint(folder, tensors[MODEL], tensors[OPTIMIZER], state, stateless)
 
 
 def restore_model(checkpoint: Checkpoint, model: nn.Module) -> None:
@@ -208,6 +213,9 @@ def restore_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch
     states = sorted({key.partition(".")[0] for key in checkpoint.optimizer})
     for group in optimizer.param_groups:
         for p in group["params"]:
+            if names[id(p)] in checkpoint.stateless:
+                optimizer.state.pop(p, None)
+                continue
             restored = {}
             for key in states:
                 name = f"{key}.{names[id(p)]}"
@@ -247,6 +255,11 @@ def _faults(own: dict[str, Tensor], stored: dict[str, Tensor]) -> str:
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     names = {id(p): n for n, p in model.named_parameters()}
     return {f"{key}.{names[id(p)]}": x for p, entry in optimizer.state.items() for key, x in entry.items()}
+
+
+def _stateless(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    names = {id(p): n for n, p in model.named_parameters()}
+    return [names[id(p)] for g in optimizer.param_groups for p in g["params"] if not optimizer.state.get(p)]
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -66,7 +66,9 @@ def swap_layer(
     Args:
         letter: see `models.MIXERS`.
         optimizer: drop the old mixer's parameters and their state from it and add the new ones, each to the first group
-            of the right kind (with or without weight decay); everything else in it stays.
+            of the right kind (with or without weight decay); everything else in it stays. In a group whose parameters
+            stand in the model's order the new ones take their places in it, so that `optimizer.state_dict()` fits an
+            optimizer made afresh for the swapped model.
         cache: decode caches of the model; come back in the result with this layer's emptied.
         impl: of the M²RNN recurrence; default the model's.
         sizes: of the new layer, such as ``M2RNNConfig(num_heads=132)``.
@@ -95,10 +97,16 @@ def swap_layer(
     new.train(old.training).requires_grad_(weight.requires_grad)
     prefix = f"transformer.h.{index}.sequence_mixer."
     removed, added = dict(old.named_parameters()), dict(new.named_parameters())
+    order = {id(p): i for i, p in enumerate(model.parameters())}
+    ordered = [] if optimizer is None else [_ascends(g["params"], order) for g in optimizer.param_groups]
     if optimizer is not None:
         _swap_parameters(optimizer, old, new, prefix)
     before = model.num_parameters()
     block.sequence_mixer = new
+    if optimizer is not None:
+        order = {id(p): i for i, p in enumerate(model.parameters())}
+        for group in (g for g, was in zip(optimizer.param_groups, ordered, strict=True) if was):
+            _sort(group, order)
     model.config = new_config
     if cache is not None:
         rows = next(x for x in torch.utils._pytree.tree_leaves(cache)).shape[0]
@@ -169,3 +177,17 @@ def _swap_parameters(optimizer: torch.optim.Optimizer, old: torch.nn.Module, new
         group["params"].extend(made["params"])
         if "param_names" in group:
             group["param_names"].extend(prefix + name for name in made["param_names"])
+
+
+def _ascends(params: list[torch.Tensor], order: dict[int, int]) -> bool:
+    """Whether all are of the model and stand in its order."""
+    places = [order.get(id(p), -1) for p in params]
+    return -1 not in places and places == sorted(places)
+
+
+def _sort(group: dict[str, Any], order: dict[int, int]) -> None:
+    places = [order[id(p)] for p in group["params"]]
+    by_place = sorted(range(len(places)), key=places.__getitem__)
+    for key in ("params", "param_names"):
+        if key in group:
+            group[key] = [group[key][i] for i in by_place]

@@ -119,7 +119,7 @@ class Trainer:
     """
 
     def __init__(self, model_config: LMConfig, config: TrainConfig, data: ByteData | Corpus, out: str | Path) -> None:
-        self.model_config, self.config, self.data, self.out = model_config, config, data, Path(out)
+        self.config, self.data, self.out = config, data, Path(out)
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         self.model = HybridLM(model_config).to(config.device)  # drawn on the CPU: the same weights on every device
@@ -133,9 +133,15 @@ class Trainer:
         if config.packed:
             self._boundaries = most_boundaries(data.train, self._separator, config.seq_len)
         self.step = 0
+        self._saved_config: LMConfig | None = None  # in the newest checkpoint; a swap makes a new one
         # The shapes are the same in every step: static ones compile faster and run faster.
         loss = self.model.loss
         self._loss = torch.compile(loss, fullgraph=True, dynamic=False) if config.compile else loss
+
+    @property
+    def model_config(self) -> LMConfig:
+        """Of the model as it is now: `swap_layer` changes it."""
+        return self.model.config
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -156,12 +162,16 @@ class Trainer:
             "step": self.step,
             "random_state": torch.get_rng_state().numpy().tobytes().hex(),
         }
-        return checkpoint.save(
+        folder = checkpoint.save(
             self.checkpoints, step=self.step, model=self.model, optimizer=self.optimizer, state=state
         )
+        self._saved_config = self.model_config
+        return folder
 
     def resume(self) -> None:
         """Continue from the newest checkpoint below `out`.
+
+        That of a model with a swapped layer needs a Trainer made with the swapped config, which its state.json holds.
 
         Raises:
             CheckpointError: none there, damaged, or written with another config or other data.
@@ -179,6 +189,7 @@ class Trainer:
                 )
         checkpoint.restore_model(saved, self.model)
         checkpoint.restore_optimizer(saved, self.model, self.optimizer)
+        self._saved_config = self.model_config
         try:
             self.step = int(saved.state["step"])
             random_state = torch.frombuffer(bytearray.fromhex(saved.state["random_state"]), dtype=torch.uint8)
@@ -263,7 +274,8 @@ class Trainer:
         """
         self.out.mkdir(parents=True, exist_ok=True)
         _cut_log(self.out / LOG, self.step)  # an earlier run in this folder may have ended before its first checkpoint
-        saved = self.step if checkpoint.step_folder(self.checkpoints, self.step).exists() else -1
+        written = checkpoint.step_folder(self.checkpoints, self.step).exists()
+        saved = self.step if written and self._saved_config is self.model_config else -1
         with (self.out / LOG).open("a", buffering=1) as log:
             while self.step < self.config.steps and not stop():
                 done = self.train_step()

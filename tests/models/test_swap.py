@@ -73,6 +73,51 @@ def test_the_optimizer_goes_on_with_the_right_groups():
     assert all(not torch.equal(a, b) for a, b in zip(old, model.parameters(), strict=True))
 
 
+def by_name(model, optimizer):
+    names = {id(p): n for n, p in model.named_parameters()}
+    return {names[id(p)]: entry for p, entry in optimizer.state.items()}
+
+
+@pytest.mark.parametrize("grouped", [True, False], ids=["param_groups", "one group"])
+def test_the_optimizers_state_fits_one_made_afresh(grouped):
+    """`state_dict` knows parameters by their place in the groups only."""
+    make = lambda m: torch.optim.AdamW(param_groups(m, 0.1) if grouped else m.parameters(), 1e-3, weight_decay=0.0)
+    model = HybridLM(CONFIG)
+    optimizer = make(model)
+    for layer in (None, 2, 0):
+        if layer is not None:
+            swap_layer(model, layer, "M", optimizer=optimizer)
+        model.loss(TOKENS, TOKENS).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    other = HybridLM(model.config)
+    fresh = make(other)
+    fresh.load_state_dict(optimizer.state_dict())
+    got, expected = by_name(other, fresh), by_name(model, optimizer)
+    assert got.keys() == expected.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(got[n][key], x) for n in got for key, x in expected[n].items())
+    names = [g.get("param_names") for g in optimizer.param_groups]
+    assert names == [g.get("param_names") for g in make(other).param_groups]
+
+
+def test_an_order_of_ones_own_is_kept():
+    """Then the new parameters come last, and the keys of torch.distributed.checkpoint are what tells them apart."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model = HybridLM(CONFIG)
+    optimizer = torch.optim.AdamW(reversed(list(model.parameters())), lr=1e-3, weight_decay=0.0)
+    kept = [p for p in reversed(list(model.parameters())) if all(p is not q for q in model.mixers[2].parameters())]
+    swap_layer(model, 2, "M", optimizer=optimizer)
+    assert all(a is b for a, b in zip(kept, optimizer.param_groups[0]["params"], strict=False))
+    model.loss(TOKENS, TOKENS).backward()
+    optimizer.step()
+    other = HybridLM(model.config)
+    fresh = torch.optim.AdamW(other.parameters(), lr=1e-3, weight_decay=0.0)
+    set_optimizer_state_dict(other, fresh, get_optimizer_state_dict(model, optimizer))
+    got, expected = by_name(other, fresh), by_name(model, optimizer)
+    assert all(torch.equal(got[n][key], x) for n in expected for key, x in expected[n].items())
+
+
 def test_the_new_layer_starts_as_the_paper_says_and_follows_dtype_and_mode():
     model = HybridLM(CONFIG, dtype=torch.bfloat16).eval()
     swap_layer(model, 3, "M")

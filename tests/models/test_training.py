@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
-from m2rnn_compile.models import checkpoint
+from m2rnn_compile.models import LMConfig, checkpoint, swap_layer
 from m2rnn_compile.models.checkpoint import CheckpointError
 from m2rnn_compile.models.data import load_folder
 from m2rnn_compile.models.display import duration, sparkline
@@ -65,6 +65,36 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_by_bit(tmp_path, data,
     logs = [[strip(line) for line in (tmp_path / d / LOG).read_text().splitlines()] for d in ("whole", "parts")]
     assert logs[0] == logs[1]
     assert [row["step"] for row in logs[0]] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "compile,at", [(False, 2), (False, 3), (False, 4), pytest.param(True, 3, marks=pytest.mark.slow)]
+)
+def test_a_run_with_a_swapped_layer_resumes_bit_by_bit(tmp_path, data, compile, at):
+    """Right after the swap (2) the new layer has no moments yet, and the checkpoint of that step is from before it."""
+    train = dataclasses.replace(TRAIN, compile=compile)
+
+    def swapped(out):
+        trainer = Trainer(CONFIG, train, data, out)
+        trainer.run(stop=stop_after(trainer, 2))
+        swap_layer(trainer.model, 0, "A", optimizer=trainer.optimizer)
+        return trainer
+
+    whole = swapped(tmp_path / "whole")
+    assert whole.run()
+
+    first = swapped(tmp_path / "parts")
+    first.run(stop=stop_after(first, at))
+    saved = json.loads((checkpoint.step_folder(first.checkpoints, at) / checkpoint.STATE).read_text())
+    config = LMConfig.from_dict(saved["state"]["model"])
+    assert config.pattern == "AAM"
+    second = Trainer(config, train, data, tmp_path / "parts")
+    second.resume()
+    assert second.step == at
+    assert second.run()
+    assert identical(weights(second), weights(whole))
+    with pytest.raises(CheckpointError, match=r"another model config \(pattern: saved 'AAM', now 'MAM'\)"):
+        Trainer(CONFIG, train, data, tmp_path / "parts").resume()
 
 
 def _atomics_in(fn, *args):

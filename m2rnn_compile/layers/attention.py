@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .mixer import SequenceMixer, check_layout, check_rows, positions_in_sequence, sequence_ids
+from .packed_attention import packed_attention
 
 
 class AttentionCache(NamedTuple):
@@ -33,7 +34,9 @@ class AttentionCache(NamedTuple):
 
 class Attention(SequenceMixer):
     """Causal multi-head attention through SDPA; packed sequences in 16 bits on a GPU through flash attention for them,
-    whose cost is that of the sequences and not of their product.
+    whose cost is that of the sequences and not of their product, and on a CPU one by one.
+
+    Packed in fp32 on a GPU they are masked, and there what is not finite in one of them reaches the others.
 
     ``c_attn`` gives q | k | v (heads of `head_dim` each), ``c_proj`` mixes the heads; no biases.
 
@@ -153,6 +156,8 @@ class Attention(SequenceMixer):
             bounds = cu_seqlens.to(torch.int32)
             varlen, causal = self._varlen
             return self.c_proj(varlen(q[0], k[0], v[0], bounds, bounds, T, T, **causal).flatten(1)[None])
+        if cu_seqlens is not None and cu_seqlens.device.type == "cpu":  # elsewhere its values are not read back
+            return self.c_proj(packed_attention(q, k, v, cu_seqlens).flatten(2))
         # Before the first token the cache knows of no padding: a prefill without any is plain causal attention.
         known = attention_mask if new_cache is None or past == 0 else new_cache.mask
         mask = self._mask(T, past, x.device, cu_seqlens, known)

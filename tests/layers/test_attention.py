@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from m2rnn_compile.layers import Attention, RMSNorm, SwiGLU
 from tests.layers.equations import assert_same
@@ -88,6 +89,28 @@ class TestEveryKind:
         assert_same(a(x, attention_mask=mask)[mask], y[mask])
         for b, row in enumerate(rows):
             assert_same(y[b : b + 1, 8 - lengths[b] :], a(row))
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+def test_compiled_packed_attention_is_one_op_for_all_lengths(kind):
+    a, x = make(**kind), torch.randn(1, 9, D).double().requires_grad_()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(a, fullgraph=True, dynamic=False, backend=counter)
+    dy = torch.randn(1, 9, D).double()
+    for bounds in ([0, 3, 3, 8, 9], [0, 1, 2, 9, 9]):
+        cu = torch.tensor(bounds)
+        ys = [f(x, cu_seqlens=cu) for f in (compiled, a)]
+        assert_same(*ys)
+        for g, e in zip(*(torch.autograd.grad(y, [x, *a.parameters()], dy) for y in ys), strict=True):
+            assert_same(g, e)
+    assert counter.frame_count == 1
+    with pytest.raises(ValueError, match="last = 8"):
+        compiled(x, cu_seqlens=torch.tensor([0, 3, 3, 8, 8]))
+
+
+def test_packed_attention_passes_the_checks_of_torch_for_ops():
+    inputs = [torch.randn(1, 9, n, 4, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2)]
+    torch.library.opcheck(torch.ops.m2rnn.packed_attention.default, (*inputs, torch.tensor([0, 3, 3, 9])))
 
 
 @pytest.mark.gpu

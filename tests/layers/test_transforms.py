@@ -100,11 +100,12 @@ def test_nan_in_one_row_stays_there_and_strides_do_not_matter(name):
     y = layer(bad)
     assert torch.equal(y[1], expected[1])
     assert y[0, 4:].isnan().any()
-    if name != "attention":  # whose masked products take the values of all packed sequences
-        bounds = torch.tensor([0, 9, 18])
-        assert torch.equal(
-            layer(bad.view(1, 18, D), cu_seqlens=bounds)[0, 9:], layer(x.view(1, 18, D), cu_seqlens=bounds)[0, 9:]
-        )
+    bounds = torch.tensor([0, 9, 18])
+    packed, packed_bad = (t.view(1, 18, D).clone().requires_grad_() for t in (x, bad))
+    ys = [layer(t, cu_seqlens=bounds) for t in (packed, packed_bad)]
+    assert torch.equal(ys[1][0, 9:], ys[0][0, 9:])
+    dxs = [torch.autograd.grad(y.sum(), t)[0] for y, t in zip(ys, (packed, packed_bad), strict=True)]
+    assert torch.equal(dxs[1][0, 9:], dxs[0][0, 9:])
     wide = torch.stack([x, x + 1], -1)[..., 0]
     turned = x.transpose(0, 1).contiguous().transpose(0, 1)
     assert torch.equal(layer(wide), expected)

@@ -29,6 +29,7 @@ except ImportError as error:
 
 from ..layers import Cache, select_rows
 from .config import LMConfig
+from .hf_packing import document_bounds
 from .lm import HybridLM
 from .presets import preset
 from .weights import MODEL_TYPE
@@ -201,11 +202,15 @@ class M2RNNHybridForCausalLM(PreTrainedModel, GenerationMixin):
                 training mode adds its auxiliary loss.
             use_cache: return a cache; default: if one was given, or in eval mode without labels.
             logits_to_keep: only of the last so many positions; 0 for all.
-            options: `num_items_in_batch` of a Trainer; positions are ignored (recurrent layers need none, attention
-                takes slots).
+            options: `num_items_in_batch` of a Trainer. `cu_seq_lens_q` and `cu_seq_lens_k`, `position_ids` that start
+                again, and `seq_idx` pack documents into one row, as `DataCollatorWithFlattening` does: they see nothing
+                of each other, no loss is taken from one to the next, and there is no cache. Other positions change
+                nothing (recurrent layers need none, attention takes slots).
+
+        Raises:
+            ValueError: packed documents in several rows, with padding or with a cache, or told of in two ways that do
+                not agree.
         """
-        if use_cache is None:
-            use_cache = past_key_values is not None or (not self.training and labels is None)
         T = input_ids.shape[1]
         layers = None
         if past_key_values is not None and past_key_values.layers is not None:
@@ -215,9 +220,25 @@ class M2RNNHybridForCausalLM(PreTrainedModel, GenerationMixin):
             mask = attention_mask[:, -T:].to(torch.bool)
             if not torch.compiler.is_compiling() and bool(mask.all()):
                 mask = None
+        bounds = document_bounds(input_ids, mask, layers is not None, options)
+        if bounds is not None:
+            if use_cache or past_key_values is not None:
+                raise ValueError(
+                    "packed documents (`cu_seq_lens_q`, `position_ids` or `seq_idx`) have no cache; give "
+                    "use_cache=False, or generate from one document, or from several in a left-padded batch"
+                )
+            use_cache = False
+            if labels is not None:
+                first = torch.zeros(T + 1, dtype=torch.bool, device=labels.device)
+                first[bounds.to(labels.device, torch.int64)] = True
+                labels = labels.masked_fill(first[:T], -100)
+        if use_cache is None:
+            use_cache = past_key_values is not None or (not self.training and labels is None)
         if use_cache and layers is None:
             layers = self._lm.init_cache(input_ids.shape[0], device=input_ids.device, dtype=self.dtype)
-        x, new, aux_losses = self._lm._run(input_ids, layers if use_cache else None, attention_mask=mask)
+        x, new, aux_losses = self._lm._run(
+            input_ids, layers if use_cache else None, attention_mask=mask, cu_seqlens=bounds
+        )
         if logits_to_keep:
             x = x[:, -logits_to_keep:]
         logits = self._lm._head(x)

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers", reason="needs transformers; pip install 'm2rnn-compile[hf]'")
 import transformers
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from m2rnn_compile.models import HybridLM, generate, left_pad, miniature, preset, swap_layer
 from m2rnn_compile.models.hf import M2RNNHybridConfig, M2RNNHybridForCausalLM, from_hybrid
@@ -189,6 +189,120 @@ def test_trainer_learns(tmp_path):
     before = float(model(prompt(1, 12), labels=data[0]["labels"][None]).loss)
     trainer.train()
     assert trainer.state.log_history[-1]["train_loss"] < before
+
+
+WAYS = {
+    "positions": {},
+    "positions from 2": {},
+    "boundaries": dict(return_flash_attn_kwargs=True, return_position_ids=False),
+    "indices": dict(return_seq_idx=True, return_position_ids=False),
+    "all": dict(return_flash_attn_kwargs=True, return_seq_idx=True),
+}
+
+
+@pytest.fixture(scope="module")
+def packed():
+    """A model that knows positions, documents, and their logits and the sum of their losses one by one."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIG, attention=dataclasses.replace(CONFIG.attention, rope_theta=100.0))
+    model = from_hybrid(make_model(config, torch.float64)).eval()
+    documents = [torch.randint(1, 256, (n,)).tolist() for n in (5, 1, 7, 2)]
+    with torch.no_grad():
+        alone = [model(torch.tensor([d])).logits for d in documents]
+        sums = [
+            torch.nn.functional.cross_entropy(y[0, :-1], torch.tensor(d[1:], dtype=torch.int64), reduction="sum")
+            for y, d in zip(alone, documents, strict=True)
+        ]
+    return (
+        model,
+        documents,
+        torch.cat(alone, 1),
+        (sum(sums) / sum(len(d) - 1 for d in documents)).float(),
+    )  # transformers' loss is in fp32
+
+
+def collate(way, documents):
+    batch = DataCollatorWithFlattening(**WAYS[way])([{"input_ids": d, "labels": d} for d in documents])
+    if "from 2" in way:
+        batch["position_ids"] = batch["position_ids"] + 2
+    return dict(batch)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_documents_of_a_flattening_collator_do_not_see_each_other(packed, way):
+    model, documents, logits, loss = packed
+    batch = collate(way, documents)
+    with torch.no_grad():
+        out = model(**batch)
+        assert_same(out.logits, logits)
+        assert_same(out.loss.float(), loss)
+        whole = model(**batch | dict(labels=batch["input_ids"]))
+        assert_same(whole.loss.float(), loss)  # no token of one document is predicted from another
+        unlabelled = model(**{k: v for k, v in batch.items() if k != "labels"})
+        assert_same(unlabelled.logits, logits)
+        assert unlabelled.past_key_values is None
+        assert not torch.allclose(model(batch["input_ids"]).logits, logits)
+
+
+def test_compiled_boundaries_stay_in_the_graph_and_positions_break_it(packed):
+    model, documents, logits, loss = packed
+    batch = collate("all", documents)
+    with torch.no_grad():
+        got = torch.compile(model, backend="eager", fullgraph=True)(**batch)
+        assert_same(got.logits, logits)
+        assert_same(got.loss.float(), loss)
+        torch._dynamo.reset()
+        got = torch.compile(model, backend="eager")(**collate("positions", documents))
+        assert_same(got.logits, logits)
+
+
+def test_positions_of_unpacked_rows_change_nothing(pair):
+    _, theirs = pair
+    rows = [prompt(6), prompt(3)]
+    padded, mask = left_pad(rows)
+    with torch.no_grad():
+        expected = theirs(padded, attention_mask=mask.long()).logits
+        for fill in (0, 1):
+            positions = (mask.long().cumsum(-1) - 1).masked_fill(~mask, fill)
+            assert torch.equal(theirs(padded, attention_mask=mask.long(), position_ids=positions).logits, expected)
+        x = prompt(2, 6)
+        assert torch.equal(theirs(x, position_ids=torch.arange(6)[None]).logits, theirs(x).logits)
+        options = dict(max_new_tokens=4, do_sample=False)
+        assert torch.equal(
+            theirs.generate(x, position_ids=torch.arange(6)[None], **options), theirs.generate(x, **options)
+        )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(cu_seq_lens_k=[0, 4, 15]), r"`cu_seq_lens_q` and `cu_seq_lens_k` do not tell of the same documents"),
+        (dict(position_ids=[list(range(15))]), r"`cu_seq_lens_q` and `position_ids` do not .*\[\[0, 5, 6, 13\]\]"),
+        (dict(seq_idx=[[0] * 14 + [1]]), r"`cu_seq_lens_q` and `seq_idx` do not .*latter at \[\[0, 14\]\]"),
+        (dict(position_ids=[[0, 1, 5, *range(12)]]), r"`position_ids` must count up by one and start again"),
+        (dict(position_ids=[[0, 1]]), r"`position_ids` must have shape \[1, 15\].*got \[1, 2\]"),
+        (dict(cu_seq_lens_q=[0, 5, 14]), r"from 0 to T = 15"),
+        (dict(attention_mask=[[0] + [1] * 14]), r"there is padding: packed documents need one row"),
+        (dict(use_cache=True), r"have no cache; give use_cache"),
+    ],
+)
+def test_packing_that_is_not_consistent_is_refused(packed, change, message):
+    model, documents, _, _ = packed
+    change = {k: v if k == "use_cache" else torch.tensor(v) for k, v in change.items()}
+    with pytest.raises(ValueError, match=message):
+        model(**collate("all", documents) | change)
+
+
+def test_packing_needs_one_row_and_no_cache(packed):
+    model = packed[0]
+    positions = torch.tensor([[0, 1, 0], [0, 1, 2]])
+    with pytest.raises(ValueError, match=r"`position_ids` packs documents.*there is 2 rows"):
+        model(prompt(2, 3), position_ids=positions)
+    with pytest.raises(ValueError, match=r"`cu_seq_lens_q` is of documents packed into one row.* 2 rows"):
+        model(prompt(2, 3), cu_seq_lens_q=torch.tensor([0, 2, 3]))
+    cache = model(prompt(1, 3)).past_key_values
+    with pytest.raises(ValueError, match="there is a cache"):
+        model(prompt(1, 3), position_ids=positions[:1], past_key_values=cache)
 
 
 def test_config_defaults_and_unknown_fields():

@@ -14,6 +14,8 @@ from ..layers import Block, Cache, MoE, RMSNorm, SequenceMixer, SwiGLU
 from .config import LMConfig
 from .mixers import build_mixer
 
+SCORING_LOGITS = 2**26  # at once, where only losses are wanted: 256 MiB of fp32
+
 
 class Trunk(nn.Module):
     """Embedding, blocks, final norm: what the released checkpoints call ``transformer``. `HybridLM` runs them."""
@@ -144,21 +146,30 @@ class HybridLM(nn.Module):
         """Cross-entropy in nats, taken in fp32 (fp64 for fp64 models).
 
         In training mode a mixture of experts adds its auxiliary loss to the mean or the sum (there once a target).
+        Without gradients, "none" makes its logits in slices of `SCORING_LOGITS`, so it needs less memory than training.
 
         Args:
             tokens: ``[B, T]``.  targets: int64 ``[B, T]``, the token after each; -100 is left out.
             reduction: "mean", "sum" or "none" (``[B, T]``, without the auxiliary loss).
         """
         x, _, aux_losses = self._run(tokens, None, cu_seqlens=cu_seqlens, attention_mask=attention_mask)
-        logits = self._head(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+        rows, wanted = x.flatten(0, 1), targets.flatten()
+        if reduction == "none" and not torch.is_grad_enabled():
+            size = max(1, SCORING_LOGITS // self.config.vocab_size)
+            slices = zip(rows.split(size), wanted.split(size), strict=True)
+            return torch.cat([self._cross_entropy(x, y, reduction) for x, y in slices]).view_as(targets)
+        nll = self._cross_entropy(rows, wanted, reduction)
         if reduction == "none":
             return nll.view_as(targets)
         if aux_losses and self.config.moe is not None:
             count = 1 if reduction == "mean" else (targets != -100).sum()
             nll = nll + self.config.moe.aux_loss_weight * torch.stack(aux_losses).sum() * count
         return nll
+
+    def _cross_entropy(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        logits = self._head(x)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets, reduction=reduction)
 
     def num_parameters(self) -> int:
         """Parameters, tied ones once."""

@@ -9,8 +9,9 @@ import signal
 import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from m2rnn_compile.models import LMConfig, checkpoint, swap_layer
+from m2rnn_compile.models import LMConfig, checkpoint, lm, swap_layer
 from m2rnn_compile.models.checkpoint import CheckpointError
 from m2rnn_compile.models.data import load_folder
 from m2rnn_compile.models.display import duration, sparkline
@@ -195,6 +196,35 @@ def test_bits_per_byte_counts_every_byte_once_with_context():
             logits = model(stream[:, start:i])[0, -1]
             nats += float(torch.nn.functional.cross_entropy(logits, stream[0, i]))
     assert abs(got - nats / 36 / 0.6931471805599453) < 1e-9
+
+
+class LargestTensor(TorchDispatchMode):
+    """How many elements the largest result of any operation has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.elements = max([self.elements, *(x.numel() for x in made if x.dim() and x._base is None)])
+        return out
+
+
+def test_scoring_makes_its_logits_in_slices(monkeypatch):
+    """Those of a whole batch, twice in fp32, were more than training in bf16 makes."""
+    model = make_model(dataclasses.replace(CONFIG, vocab_size=2000))
+    held_out, batch = torch.randint(1, 2000, (333,), dtype=torch.int32), 3 * 32 * 2000
+    score = lambda: bits_per_byte(model, held_out, seq_len=32, batch_size=3)
+    monkeypatch.setattr(lm, "SCORING_LOGITS", batch)
+    with LargestTensor() as largest:
+        expected = score()
+    assert largest.elements == batch
+    monkeypatch.setattr(lm, "SCORING_LOGITS", 7 * 2000 + 5)  # 7 rows, and one that is left over
+    with LargestTensor() as largest:
+        got = score()
+    assert largest.elements <= max(7 * 2000, 2000 * CONFIG.hidden_size)
+    assert got[1] == expected[1] == 332
+    assert abs(got[0] - expected[0]) < 1e-12 * expected[0]
 
 
 def test_timing_a_step_changes_nothing(tmp_path, data):

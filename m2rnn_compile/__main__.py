@@ -51,7 +51,8 @@ torch.compile(fullgraph=True), bf16 autocast on a GPU. Writes a checkpoint every
 a step to log.jsonl, and at the end the model to <out>/model, for models.weights.load_model and transformers.
 
 Ctrl-C saves a checkpoint and stops; --resume --out DIR goes on, with the options the run was started with, and ends
-with the same bits as a run that was never interrupted (on the same machine).
+with the same bits as a run that was never interrupted (on the same machine). Where the data or the tokenizer lies
+elsewhere now, --data and --tokenizer say so: what is in them, and the last part of each path, must be the same.
 
 Exit status: 0 all well; 1 training diverged; 2 wrong arguments, data or checkpoint; 130 interrupted (and saved).
 """

@@ -35,6 +35,7 @@ MINIATURE_WIDTH = 128
 FIXED = ["preset", "miniature", "layers", "data", "tokenizer", "end_token", "steps", "batch_size", "seq_len"]
 FIXED += ["grad_accumulation", "learning_rate", "warmup", "checkpoint_every", "precision", "no_packing", "device"]
 FIXED += ["eager", "seed", "threads"]
+MOVABLE = ("data", "tokenizer")  # may lie elsewhere later: the checkpoint has a hash of what is in them
 DEFAULTS: dict[str, Any] = dict(
     steps=1000,
     batch_size=8,
@@ -57,8 +58,7 @@ def run_train(args: argparse.Namespace, console: Console) -> int:
     trainer = _trainer(options, out)
     if args.resume:
         trainer.resume()
-    else:
-        _create(out, options)
+    _create(out, options)  # of a resumed run too: its data may have moved
     _print_start(console, trainer, options)
     unit = "byte" if options["tokenizer"] is None else "token"
     with stop_on_signals() as stop, TrainingView(console, trainer.config, trainer.step, unit) as view:
@@ -109,10 +109,16 @@ def _new(args: argparse.Namespace) -> dict[str, Any]:
     options["precision"] = options["precision"] or ("bf16" if options["device"] == "cuda" else "fp32")
     options["warmup"] = options["warmup"] or max(1, options["steps"] // 10)
     options["checkpoint_every"] = min(options["checkpoint_every"], options["steps"])
-    options["data"] = [str(Path(p).resolve()) for p in options["data"]]
-    if options["tokenizer"] is not None:
-        options["tokenizer"] = str(Path(options["tokenizer"]).resolve())
+    for name in MOVABLE:
+        options[name] = _absolute(options[name])
     return options
+
+
+def _absolute(paths: Any) -> Any:
+    """One path, several or none, as run.json has them."""
+    if isinstance(paths, list):
+        return [_absolute(p) for p in paths]
+    return None if paths is None else str(Path(paths).resolve())
 
 
 def _resumed(args: argparse.Namespace, out: Path) -> dict[str, Any]:
@@ -129,14 +135,27 @@ def _resumed(args: argparse.Namespace, out: Path) -> dict[str, Any]:
         raise UserError(f"{str(out / RUN)!r} is not of `train` (no {missing[0]!r}); was it `demo` that made this run?")
     for name in FIXED:
         given = getattr(args, name)
-        if name == "data" and given is not None:
-            given = [str(Path(p).resolve()) for p in given]
+        if name in MOVABLE and given is not None and options[name] is not None:
+            options[name] = _absolute(given)
+            continue
         if given is not None and given is not False and given != options[name]:  # seed 0 is given, and equals False
             option = "--" + name.replace("_", "-")
             raise UserError(
                 f"{option} {given} cannot be combined with --resume: the run was started with {options[name]}; leave "
                 "it out, or start afresh"
             )
+    for name, paths in (("data", options["data"]), ("tokenizer", [options["tokenizer"]])):
+        gone = [p for p in paths if p is not None and not Path(p).exists()]
+        if gone:
+            raise UserError(
+                f"the run's {name} {gone[0]!r} does not exist here; give the place where it is now as --{name} (the "
+                "content must be the same)"
+            )
+    if options["device"] == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"the run in {str(out)!r} was started with --device cuda, and torch sees no CUDA device here; go on where "
+            "there is one, or start afresh with --device cpu"
+        )
     return options
 
 
@@ -180,7 +199,9 @@ def _model_config(options: dict[str, Any], corpus: Corpus) -> LMConfig:
 def _create(out: Path, options: dict[str, Any]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / RUN).write_text(json.dumps(options, indent=1) + "\n")
+        partial = out / f".partial-{RUN}"
+        partial.write_text(json.dumps(options, indent=1) + "\n")
+        os.replace(partial, out / RUN)
     except OSError as error:
         raise UserError(f"cannot write to the folder {str(out)!r}: {error.strerror}; give another --out") from error
 

@@ -46,7 +46,7 @@ class TrainConfig:
         compile: train under torch.compile(fullgraph=True).
         precision: "fp32", or "bf16" for autocast (weights, optimizer and states stay fp32).
         packed: documents do not see each other, in any layer; else a row is one stream of text.
-        device: "cpu" or "cuda".
+        device: "cpu" or "cuda"; the latter needs one when a `Trainer` is made.
         threads: CPU threads; sums are split by thread, so another number gives other last bits.
     """
 
@@ -113,12 +113,20 @@ class Trainer:
         data: see `data.load_folder` and `corpus.load_corpus`.
         out: folder for the checkpoints and the log; created if need be.
 
+    Raises:
+        ValueError: CUDA is asked for, and torch sees none.
+
     Attributes:
         model, optimizer: as they are after `step` steps.
         step: optimizer steps done.
     """
 
     def __init__(self, model_config: LMConfig, config: TrainConfig, data: ByteData | Corpus, out: str | Path) -> None:
+        if torch.device(config.device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                f"Trainer: `config.device` is {config.device!r}, and torch sees no CUDA device here; use device='cpu', "
+                "or a machine with one"
+            )
         self.config, self.data, self.out = config, data, Path(out)
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
@@ -370,7 +378,7 @@ def _as_json(config: TrainConfig) -> dict[str, Any]:
 def _difference(got: Any, expected: Any) -> str:
     """The first few fields in which two configs differ."""
     if not (isinstance(got, dict) and isinstance(expected, dict)):
-        return "the files differ" if isinstance(expected, str) else f"got {type(got).__name__}"
+        return f"got {type(got).__name__}" if isinstance(expected, dict) else "the files, their names or tokenizer differ"
     keys = [k for k in sorted(set(got) | set(expected)) if got.get(k) != expected.get(k)]
     return "; ".join(f"{k}: saved {got.get(k)!r}, now {expected.get(k)!r}" for k in keys[:3])
 

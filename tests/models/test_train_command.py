@@ -164,6 +164,29 @@ def test_a_run_on_two_folders_of_one_name_resumes(tmp_path, capfd):
     assert "was written with another data" in capfd.readouterr().err
 
 
+def test_a_run_resumes_with_its_data_elsewhere(tmp_path, capfd):
+    """As on another machine; what is there must be the same, and then run.json knows the place."""
+    assert main(options(tmp_path, "--steps", "1")) == 0
+    run = tmp_path / "run"
+    before = (run / "run.json").read_text()
+    (tmp_path / "new").mkdir()
+    (tmp_path / "texts").rename(tmp_path / "new/texts")
+    resume = ["train", "--resume", "--out", str(run)]
+    assert main(resume) == 2
+    assert "texts' does not exist here; give the place where it is now as --data" in capfd.readouterr().err
+    write_texts(tmp_path / "other/texts")
+    (tmp_path / "other/texts/file00.txt").write_text("another text")
+    assert main([*resume, "--data", str(tmp_path / "other/texts")]) == 2
+    err = capfd.readouterr().err
+    assert "was written with another data (the files, their names or tokenizer differ)" in err
+    assert (run / "run.json").read_text() == before
+    assert main([*resume, "--data", str(tmp_path / "new/texts")]) == 0
+    assert json.loads((run / "run.json").read_text())["data"] == [str(tmp_path / "new/texts")]
+    assert main(resume) == 0
+    assert main([*resume, "--tokenizer", "tokenizer.json"]) == 2  # it was bytes
+    assert "--tokenizer tokenizer.json cannot be combined" in capfd.readouterr().err
+
+
 def test_a_run_with_a_tokenizer_generates_text(tmp_path, capfd):
     tokenizers = pytest.importorskip("tokenizers")
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -180,6 +203,14 @@ def test_a_run_with_a_tokenizer_generates_text(tmp_path, capfd):
     more = ["--tokenizer", str(tmp_path / "tokenizer.json"), "--steps", "2", "--seq-len", "16"]
     assert main(options(tmp_path, *more)) == 0
     assert "tokens of tokenizer.json" in capfd.readouterr().out
+    elsewhere = tmp_path / "tokenizers" / "another-name.json"
+    elsewhere.parent.mkdir()
+    (tmp_path / "tokenizer.json").rename(elsewhere)
+    resume = ["train", "--resume", "--out", str(tmp_path / "run")]
+    assert main(resume) == 2
+    assert "tokenizer.json' does not exist here; give the place where it is now as --token" in capfd.readouterr().err
+    assert main([*resume, "--tokenizer", str(elsewhere)]) == 0
+    capfd.readouterr()
     for place in ("run", "run/model"):
         command = ["generate", str(tmp_path / place), "--prompt", "All work", "--max-new-tokens", "6"]
         assert main([*command, "--threads", "1"]) == 0
@@ -220,3 +251,16 @@ def test_no_gpu_is_said(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(options(tmp_path, "--device", "cuda")) == 2
     assert "torch sees no CUDA device" in capfd.readouterr().err
+
+
+def test_a_run_from_a_gpu_is_refused_without_one(tmp_path, capfd, monkeypatch, corpus):
+    assert main(options(tmp_path, "--steps", "1")) == 0
+    file = tmp_path / "run/run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"device": "cuda"}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    capfd.readouterr()
+    assert main(["train", "--resume", "--out", str(tmp_path / "run")]) == 2
+    err = capfd.readouterr().err
+    assert "was started with --device cuda, and torch sees no CUDA device here; go on where there is one" in err
+    with pytest.raises(ValueError, match=r"`config.device` is 'cuda:1', and torch sees no CUDA device here"):
+        Trainer(CONFIG, dataclasses.replace(TRAIN, device="cuda:1"), corpus, tmp_path)

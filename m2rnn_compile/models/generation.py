@@ -61,7 +61,9 @@ def sample(
         int64 ``[B]``.
 
     Raises:
-        ValueError: options out of range.
+        ValueError: options out of range; or a row of logits has no most likely token: NaN, nothing above -inf, or, when
+            drawing, inf. To look, the CPU waits for the device; so under torch.compile and while a CUDA graph is
+            captured nobody looks.
     """
     if not (temperature == 0 or SMALLEST_TEMPERATURE <= temperature < math.inf):  # false for NaN
         raise ValueError(
@@ -72,11 +74,12 @@ def sample(
         raise ValueError(f"sample: `top_k` must be at least 1, got {top_k}; None keeps all tokens")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"sample: `top_p` must be in (0, 1], got {top_p}; None keeps all tokens")
+    top = logits.amax(-1, keepdim=True)
+    _check_top(top.squeeze(-1), drawn=temperature != 0)
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float()
     # From the largest down: dividing by a small temperature overflows towards -inf only, which is a probability of 0.
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    logits = (logits.float() - top.float()) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         kept = logits.topk(top_k)
         logits = torch.full_like(logits, float("-inf")).scatter(-1, kept.indices, kept.values)
@@ -85,6 +88,19 @@ def sample(
         drop = ordered.cumsum(-1) - ordered >= top_p  # the mass before a token: the first one always stays
         logits = logits.masked_fill(drop.scatter(-1, order, drop), float("-inf"))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+
+
+def _check_top(top_B: Tensor, *, drawn: bool) -> None:
+    """Refuse rows whose largest logit, which is NaN if any is, chooses no token."""
+    if torch.compiler.is_compiling() or (top_B.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    bad = top_B.isnan() | (top_B == float("-inf")) | (top_B == float("inf") if drawn else False)
+    if bool(bad.any()):
+        rows = bad.nonzero()[:, 0].tolist()
+        raise ValueError(
+            f"sample: `logits` of row(s) {rows} have no most likely token: their largest is {top_B[rows[0]].item()}; "
+            "check the weights, which may have diverged, or for fp16 try bf16"
+        )
 
 
 def stream(

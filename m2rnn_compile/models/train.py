@@ -378,7 +378,8 @@ def _as_json(config: TrainConfig) -> dict[str, Any]:
 def _difference(got: Any, expected: Any) -> str:
     """The first few fields in which two configs differ."""
     if not (isinstance(got, dict) and isinstance(expected, dict)):
-        return f"got {type(got).__name__}" if isinstance(expected, dict) else "the files, their names or tokenizer differ"
+        files = "the files, their names or tokenizer differ"
+        return f"got {type(got).__name__}" if isinstance(expected, dict) else files
     keys = [k for k in sorted(set(got) | set(expected)) if got.get(k) != expected.get(k)]
     return "; ".join(f"{k}: saved {got.get(k)!r}, now {expected.get(k)!r}" for k in keys[:3])
 

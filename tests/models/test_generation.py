@@ -181,6 +181,31 @@ def test_a_temperature_is_zero_or_a_number_that_fp32_can_divide_by():
             sample(logits, temperature=bad)
 
 
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("value", ["nan", "-inf", "inf"])
+def test_logits_that_choose_no_token_are_refused_by_row(temperature, value):
+    logits = torch.randn(4, 8)
+    logits[1, 3] = float(value)
+    logits[3] = float(value)
+    options = dict(temperature=temperature, generator=torch.Generator().manual_seed(0))
+    if value == "inf" and temperature == 0:  # the most likely token there is
+        assert sample(logits)[1] == 3
+        return
+    rows = r"\[3\]" if value == "-inf" else r"\[1, 3\]"
+    with pytest.raises(ValueError, match=rf"row\(s\) {rows} have no most likely token: their largest is {value}"):
+        sample(logits, **options)
+    assert sample(logits[::2], **options).shape == (2,)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_model_that_has_diverged_is_not_generated_from(temperature):
+    model = make_model()
+    with torch.no_grad():
+        model.transformer.wte.weight[7] = float("nan")  # the head's too: every row's logits hold it
+    with pytest.raises(ValueError, match=r"row\(s\) \[0, 1\] have no most likely token: their largest is nan"):
+        generate(model, torch.zeros(2, 3, dtype=torch.int64), max_new_tokens=2, temperature=temperature)
+
+
 def test_errors():
     model = make_model()
     with pytest.raises(ValueError, match="T >= 1"):

@@ -145,6 +145,8 @@ def _measure(args: argparse.Namespace) -> int:
     plan = _plan(args, device)
     if args.fail_above is not None and args.baseline is None:
         raise ValueError("--fail-above needs --baseline FILE to compare with")
+    if args.any_device and args.baseline is None:
+        raise ValueError("--any-device needs --baseline FILE to compare with")
     arguments.ratio(args.fail_above, "--fail-above")
     baseline = files.read(args.baseline) if args.baseline else None
     if args.dry_run:
@@ -167,7 +169,7 @@ def _measure(args: argparse.Namespace) -> int:
 
 def _judge(baseline: list[Row], rows: list[Row], args: argparse.Namespace) -> int:
     """Compare with a baseline; with --fail-above, slower rows and rows that went missing are a failure."""
-    result = compare.compare(baseline, rows, asked_only=True)
+    result = compare.compare(baseline, rows, asked_only=True, any_device=args.any_device)
     if not args.json:
         _print(compare.parts_of(result, f"against {args.baseline}"))
     if args.fail_above is None:
@@ -178,10 +180,28 @@ def _judge(baseline: list[Row], rows: list[Row], args: argparse.Namespace) -> in
     ]
     problems += [f"{row.describe()} is in the baseline and has no time now" for row, _ in result.missing]
     if not result.changes and not result.missing:
-        problems.append(f"{args.baseline} has no row of what was measured: nothing to compare")
+        problems.append(_nothing_compared(result, f"{args.baseline} has no row of what was measured"))
+    _tell(problems, result)
+    return FAILED if problems else OK
+
+
+def _nothing_compared(result: compare.Comparison, otherwise: str) -> str:
+    """Why a limit on ratios has none to look at, which is no success."""
+    if not result.incomparable:
+        return f"--fail-above: nothing to compare: {otherwise}"
+    return (
+        f"--fail-above: nothing to compare: the baseline was measured elsewhere ({'; '.join(result.places)}); measure "
+        "one here, with as many --threads, or compare all the same with --any-device"
+    )
+
+
+def _tell(problems: Sequence[str], result: compare.Comparison) -> None:
+    """What a limit on ratios found, and how much of it was out of its sight."""
     for problem in problems:
         output.fail(problem)
-    return FAILED if problems else OK
+    if result.changes and result.incomparable:
+        count = len(result.incomparable)
+        print(f"warning: {count} not comparable and not judged ({'; '.join(result.places)})", file=sys.stderr)
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -227,10 +247,11 @@ def _compare(args: argparse.Namespace) -> int:
                 "for example: compare --rev HEAD~1 -- op --preset cpu --provider cpp"
             )
         parsed = build_parser().parse_args(inner)
-        if parsed.dry_run or parsed.out or parsed.commit or parsed.json or parsed.baseline or parsed.fail_above:
+        taken = ("dry_run", "out", "commit", "json", "baseline", "fail_above", "any_device")
+        if any(getattr(parsed, name) for name in taken):
             raise ValueError(
-                "compare --rev: the run after -- takes no --dry-run, --out, --commit, --json, --baseline or "
-                "--fail-above; the --fail-above of the comparison goes before --"
+                "compare --rev: the run after -- takes no --dry-run, --out, --commit, --json, --baseline, "
+                "--fail-above or --any-device; the --fail-above of the comparison goes before --"
             )
         print(f"running {args.rev} ...", file=sys.stderr, flush=True)
         before = compare.run_revision(args.rev, inner)
@@ -238,17 +259,21 @@ def _compare(args: argparse.Namespace) -> int:
         device = _prepare(parsed)
         with output.progress() as on_run, memory.failing_when_full(device):
             after = list(measure.run(_plan(parsed, device), on_run))
-    result = compare.compare(before, after)
-    if not result.changes and not result.missing and not result.new:
+    result = compare.compare(before, after, any_device=args.any_device)
+    if not any(result):
         raise ValueError("compare: no timings in either")
     _print(compare.parts_of(result))
-    if args.fail_above is not None and (result.slower_than(args.fail_above) or result.missing):
-        for change in result.slower_than(args.fail_above):
-            output.fail(f"{change.after.describe()} is {change.ratio:.2f}x what it was (limit {args.fail_above:g}x)")
-        for row, why in result.missing:
-            output.fail(f"{row.describe()} is missing {why}")
-        return FAILED
-    return OK
+    if args.fail_above is None:
+        return OK
+    problems = [
+        f"{change.after.describe()} is {change.ratio:.2f}x what it was (limit {args.fail_above:g}x)"
+        for change in result.slower_than(args.fail_above)
+    ]
+    problems += [f"{row.describe()} is missing{why and f' ({why})'}" for row, why in result.missing]
+    if not result.changes and not result.missing:
+        problems.append(_nothing_compared(result, "no row before has a time"))
+    _tell(problems, result)
+    return FAILED if problems else OK
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -42,55 +42,72 @@ class Change(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """`missing` were there before and are not now, with the reason if there is one."""
+    """What two runs have in common, and what they have not.
+
+    Attributes:
+        changes: both sides have a time.
+        missing: were there before and are not now, with the reason if there is one.
+        new: have no row before.
+        incomparable: before and after of the same question at different places, see `Row.place`: no ratio says anything
+            about the code.
+    """
 
     changes: list[Change]
     missing: list[tuple[Row, str]]
     new: list[Row]
-    devices: set[tuple[str, str]]  # pairs that differ
+    incomparable: list[tuple[Row, Row]]
 
     def slower_than(self, ratio: float) -> list[Change]:
         return [change for change in self.changes if change.ratio > ratio]
 
+    @property
+    def places(self) -> list[str]:
+        """In what the places of rows differ that were not compared."""
+        return sorted({a.place_against(b) for a, b in self.incomparable})
 
-def compare(before: Sequence[Row], after: Sequence[Row], *, asked_only: bool = False) -> Comparison:
-    """Match rows by what was asked and who answered. The last row of a key counts.
 
-    Where either side has rows of several devices, those of the same device are matched; else whichever there are, and
-    `Comparison.devices` says that they differ.
+def compare(
+    before: Sequence[Row], after: Sequence[Row], *, asked_only: bool = False, any_device: bool = False
+) -> Comparison:
+    """Match rows by what was asked, who answered and where. The last row of a figure counts.
 
     Args:
         asked_only: leave out what `after` did not ask for: other kernels, shapes, dtypes and modes, and providers that
-            have no row at all in `after`; and other devices, where they are told apart.
+            have no row at all in `after`; and other places, where `after` has a row of its own or none.
+        any_device: where no row is of the same place, take one of another.
     """
-    apart = any(len({row.device for row in rows}) > 1 for rows in (before, after))
-    here = {row.device for row in after}
-
-    def key_of(row: Row) -> tuple[object, ...]:
-        return (row.device, *row.key) if apart else row.key
-
-    old = {key_of(row): row for row in before if row.status == "ok" and row.mode != "check"}
-    now = {key_of(row): row for row in after if row.mode != "check" and row.status != "missing"}
+    here = {row.place for row in after}
+    old = {row.figure: row for row in before if row.status == "ok" and row.mode != "check"}
+    now = {row.figure: row for row in after if row.mode != "check" and row.status != "missing"}
+    keys = {row.key for row in now.values()}
+    elsewhere = {row.key: row for figure, row in now.items() if figure not in old}
     absent = {row.provider: row.note for row in after if row.status == "missing"}
     problems = {row.problem for row in now.values()}
     providers = {row.provider for row in now.values()} | set(absent)
     changes: list[Change] = []
     missing: list[tuple[Row, str]] = []
-    for key, row in old.items():
+    incomparable: list[tuple[Row, Row]] = []
+    paired: set[tuple[object, ...]] = set()
+    for figure, row in old.items():
         if asked_only and (row.problem not in problems or row.provider not in providers):
             continue
-        if asked_only and apart and row.device not in here:
+        match = now.get(figure)
+        if match is None and row.key in elsewhere:
+            match = elsewhere[row.key]
+            paired.add(match.figure)
+            if not any_device:
+                incomparable.append((row, match))
+                continue
+        if match is None and asked_only and row.place not in here and (row.key in keys or not any_device):
             continue
-        match = now.get(key)
         if match is None:
             missing.append((row, absent.get(row.provider, "")))
         elif match.status != "ok":
             missing.append((row, f"{match.status}: {match.note}"))
         else:
             changes.append(Change(row, match))
-    new = [row for key, row in now.items() if key not in old and row.status == "ok"]
-    devices = {(c.before.device, c.after.device) for c in changes if c.before.device != c.after.device}
-    return Comparison(changes, missing, new, devices)
+    new = [row for figure, row in now.items() if figure not in old and figure not in paired and row.status == "ok"]
+    return Comparison(changes, missing, new, incomparable)
 
 
 def parts_of(result: Comparison, title: str = "before and after") -> list[Table | Text]:
@@ -124,9 +141,14 @@ def parts_of(result: Comparison, title: str = "before and after") -> list[Table 
         )
     lines = [f"missing now: {row.describe()}" + (f" ({why})" if why else "") for row, why in result.missing]
     lines += [f"new: {row.describe()}" for row in result.new]
-    lines += [f"different devices: {a} before, {b} after; ratios say little" for a, b in sorted(result.devices)]
-    lines.append("same: the ranges from p20 to p80 overlap")
-    return [heading(title), table, Text("\n".join(lines))]
+    lines += [f"not comparable: {b.describe()}: {a.place_against(b)}" for a, b in result.incomparable]
+    places = sorted({change.before.place_against(change.after) for change in result.changes} - {""})
+    lines += [f"{where}: the ratios are of the machines too" for where in places]
+    versions = sorted({(c.before.torch, c.after.torch) for c in result.changes if c.before.torch != c.after.torch})
+    lines += [f"torch {a or 'unknown'} before, {b or 'unknown'} after" for a, b in versions]
+    if result.changes:
+        lines.append("same: the ranges from p20 to p80 overlap")
+    return [heading(title), *([table] if result.changes else []), Text("\n".join(lines))]
 
 
 @contextlib.contextmanager

@@ -29,8 +29,12 @@ def _common(record: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _also(record: dict[str, Any]) -> dict[str, Any]:
+    return {"threads": record.get("threads"), "command": record["command"]}
+
+
 def _timed(record: dict[str, Any], row: dict[str, Any]) -> Row:
-    config = {"clip": row["clip"], **{name: row["shape"][name] for name in HEADS}, "command": record["command"]}
+    config = {"clip": row["clip"], **{name: row["shape"][name] for name in HEADS}, **_also(record)}
     common = {**_common(record, row), "mode": row["pass"], "config": config, "gate": "none: schema 1 had no gate"}
     if "error" in row:
         return Row(**common, status="oom" if "memory" in row["error"] else "failed", note=row["error"])
@@ -56,7 +60,7 @@ def _checked(record: dict[str, Any], row: dict[str, Any]) -> Row:
         "clip": row["clip"],
         **{name: row["shape"][name] for name in HEADS},
         **{name: row[name] for name in ("repeats", "different_repeats", "tensors")},
-        "command": record["command"],
+        **_also(record),
     }
     return Row(
         **_common(record, row),

@@ -59,9 +59,13 @@ p80. Rows are written as they come: Ctrl-C keeps the finished ones."""
 EXIT_CODES = """exit codes:
   0    nothing below
   1    a row was refused by the correctness gate, no provider gave a time, a check failed, or --fail-above was exceeded
+       or had nothing to compare
   2    bad arguments or files
   130  Ctrl-C
   rows that ran out of memory or raised an error leave 0, as long as another row has a time"""
+
+
+ANY_DEVICE = "compare rows of another device or number of CPU threads too, which are not comparable otherwise"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -103,15 +107,22 @@ def build_parser() -> argparse.ArgumentParser:
     compared = commands.add_parser(
         "compare",
         help="two files of rows, or this tree and a git revision",
-        description="Matches rows by kernel, sizes, dtype, mode and provider. With --rev, what follows -- is run\n"
-        "twice: with the package of that revision (from a git worktree, in a process of its own) and with this tree's.",
+        description="Matches rows by kernel, sizes, dtype, mode, provider, device and, on a CPU, threads.\n"
+        "With --rev, what follows -- is run twice: with the package of that revision (from a git worktree, in a\n"
+        "process of its own) and with this tree's.",
         epilog="examples:\n  python -m bench compare before.jsonl after.jsonl --fail-above 1.1\n"
         "  python -m bench compare --rev v0.1 -- op --preset cpu --provider cpp",
         formatter_class=formatter,
     )
     compared.add_argument("files", nargs="*", metavar="FILE", help="before and after; with --rev the run, after --")
     compared.add_argument("--rev", metavar="REVISION", help="commit, tag or branch to compare this tree with")
-    compared.add_argument("--fail-above", type=float, metavar="RATIO", help="exit with 1 if after / before exceeds it")
+    compared.add_argument(
+        "--fail-above",
+        type=float,
+        metavar="RATIO",
+        help="exit with 1 if after / before exceeds it, a row went missing, or nothing could be compared",
+    )
+    compared.add_argument("--any-device", action="store_true", help=ANY_DEVICE)
 
     reported = commands.add_parser(
         "report",
@@ -170,8 +181,10 @@ def _add_run(commands: argparse._SubParsersAction, kernel: str, formatter: Any) 
         "--fail-above",
         type=float,
         metavar="RATIO",
-        help="exit with 1 if a time is more than RATIO times its baseline's, or a row of the baseline went missing",
+        help="exit with 1 if a time is more than RATIO times its baseline's, a row of the baseline went missing, or "
+        "nothing could be compared",
     )
+    parser.add_argument("--any-device", action="store_true", help=ANY_DEVICE)
     parser.add_argument("--dry-run", action="store_true", help="print shapes and predicted memory, run nothing")
     if kernel == "model":
         letters = ", ".join(f"{letter} {mixer.title}" for letter, mixer in MIXERS.items())

@@ -94,10 +94,23 @@ class Row:
         return self.config.get("pattern") or (f"{layers} layers" if layers else "")
 
     @property
+    def threads(self) -> int | None:
+        """Threads that the times depend on: those of a CPU; None of a GPU, and where a row does not say."""
+        return None if self.driver or "NVIDIA" in self.device else self.config.get("threads")
+
+    @property
     def place(self) -> str:
         """The machine, as far as times depend on it: the device, and on a CPU the number of threads."""
-        threads = None if self.driver or "NVIDIA" in self.device else self.config.get("threads")
-        return self.device + (f", {threads} threads" if threads else "")
+        return self.device + (f", {self.threads} threads" if self.threads else "")
+
+    def place_against(self, other: Row) -> str:
+        """In what the places of two rows differ; empty if in nothing."""
+        differ = []
+        if self.device != other.device:
+            differ.append(f"device {self.device or 'unknown'} against {other.device or 'unknown'}")
+        if self.threads != other.threads:
+            differ.append(f"threads {self.threads or 'unknown'} against {other.threads or 'unknown'}")
+        return ", ".join(differ)
 
     @property
     def key(self) -> tuple[Any, ...]:

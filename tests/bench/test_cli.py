@@ -68,6 +68,7 @@ def run(capsys, tmp_path):
         (["op", *SMALL, "--fail-above", "1.1"], "needs --baseline"),
         (["op", *SMALL, "--fail-above", "0", "--baseline", "x.jsonl"], "must be above 0"),
         (["op", *SMALL, "--baseline", "/nonexistent.jsonl"], "cannot be read"),
+        (["op", *SMALL, "--any-device"], "--any-device needs --baseline"),
         (["op", *SMALL, "--out", "rows.xlsx"], "must end in"),
         (["op", *SMALL, "--out", "/dev/null/rows.jsonl"], "cannot be written"),
         (["op", "--device", "tpu"], "--device"),
@@ -558,6 +559,44 @@ def test_fail_above_judges_against_a_baseline(run, tmp_path):
     code, _, err = run(*argv, "--fail-above", "1.2", "--baseline", str(tmp_path / "other.jsonl"))
     assert code == 1
     assert "nothing to compare" in err
+
+
+def test_a_limit_that_had_nothing_to_look_at_is_a_failure(run, tmp_path):
+    """A gate is not green because its baseline is of another machine."""
+    argv = ["op", *SMALL, "--provider", "eager", "--runs", "1", "--mode", "forward"]
+    assert run(*argv)[0] == 0
+    (row,) = run.rows()
+    threads = row.config["threads"]
+    for columns, why in (
+        ({"config": row.config | {"threads": threads + 2}}, f"threads {threads + 2} against {threads}"),
+        ({"device": "abacus"}, f"device abacus against {row.device}"),
+    ):
+        path = tmp_path / "elsewhere.jsonl"
+        slow = {n: getattr(row, n) * 1e3 for n in ("median_ms", "p20_ms", "p80_ms")}
+        path.write_text(json.dumps(row.to_dict() | slow | columns) + "\n")
+        limit = ["--fail-above", "1.2", "--baseline", str(path)]
+        code, out, err = run(*argv, *limit)
+        assert code == 1
+        assert f"not comparable: {row.describe()}: {why}" in out
+        assert f"error: --fail-above: nothing to compare: the baseline was measured elsewhere ({why})" in err
+        assert run(*argv, *limit, "--any-device")[0] == 0
+        assert run(*argv, "--baseline", str(path))[0] == 0  # no limit was asked for
+
+        files_of = ["compare", str(path), str(run.path)]
+        assert run(*files_of, out=False)[0] == 0
+        code, out, err = run(*files_of, "--fail-above", "2", out=False)
+        assert (code, "nothing to compare" in err) == (1, True)
+        code, out, _ = run(*files_of, "--fail-above", "2", "--any-device", out=False)
+        assert code == 0
+        assert "faster" in out
+
+    backward = dataclasses.replace(row, mode="backward")
+    both, now = tmp_path / "both.jsonl", tmp_path / "now.jsonl"
+    for path, other in ((both, dataclasses.replace(backward, device="abacus")), (now, backward)):
+        path.write_text(files.to_jsonl(other) + "\n" + files.to_jsonl(row))
+    code, _, err = run("compare", str(both), str(now), "--fail-above", "2", out=False)
+    assert code == 0
+    assert f"warning: 1 not comparable and not judged (device abacus against {row.device})" in err
 
 
 def test_two_files_are_compared(run, tmp_path):

@@ -98,11 +98,40 @@ def test_files_of_several_devices_are_compared_device_by_device():
     slower = dataclasses.replace(h200, median_ms=2.0)
     result = compare.compare([h200, h100], [slower, h100])
     assert sorted(change.ratio for change in result.changes) == [1.0, 2.0]
-    assert not result.devices
+    assert not result.incomparable
     asked = compare.compare([h200, h100], [slower], asked_only=True)
     assert ([change.ratio for change in asked.changes], asked.missing) == ([2.0], [])
-    elsewhere = compare.compare([h200], [h100])
-    assert elsewhere.devices == {("NVIDIA H200", "NVIDIA H100")}
+    gone = compare.compare([h200, h100], [slower])
+    assert [row for row, _ in gone.missing] == [h100]
+    assert compare.compare([h200, h100], [slower], asked_only=True, any_device=True).missing == []
+
+
+def on_threads(n, median=1.0):
+    return dataclasses.replace(timed("cpp", median), device="a CPU", driver=None, config=CONFIG | {"threads": n})
+
+
+def test_rows_of_other_places_are_told_and_not_compared():
+    h200, h100 = timed("triton", 1.0), dataclasses.replace(timed("triton", 9.0), device="NVIDIA H100")
+    for before, after, why in (
+        (h200, h100, "device NVIDIA H200 against NVIDIA H100"),
+        (on_threads(2), on_threads(4, 5.0), "threads 2 against 4"),
+        (on_threads(None), on_threads(4), "threads unknown against 4"),
+        (on_threads(2), dataclasses.replace(on_threads(4), device=""), "device a CPU against unknown, threads 2 against 4"),
+    ):
+        result = compare.compare([before], [after])
+        assert result == ([], [], [], [(before, after)])
+        assert plain(compare.parts_of(result)).splitlines()[-1] == f"not comparable: {after.describe()}: {why}"
+        forced = compare.compare([before], [after], any_device=True)
+        assert (forced.changes, forced.incomparable) == ([(before, after)], [])
+        assert f"{why}: the ratios are of the machines too" in plain(compare.parts_of(forced))
+    gpu_threads = dataclasses.replace(h200, config=CONFIG | {"threads": 32})  # of the host: a GPU does not care
+    assert compare.compare([h200], [gpu_threads]).changes == [(h200, gpu_threads)]
+
+
+def test_another_torch_is_compared_and_told():
+    newer = dataclasses.replace(ROWS[0], torch="2.13.0")
+    assert "torch 2.11.0 before, 2.13.0 after" in plain(compare.parts_of(compare.compare(ROWS[:1], [newer])))
+    assert "torch" not in plain(compare.parts_of(compare.compare(ROWS[:1], ROWS[:1])))
 
 
 def test_panels_hold_rows_that_differ_in_length_and_provider_only():

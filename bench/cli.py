@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -332,6 +330,10 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the CLI. Exit codes: see `parser.EXIT_CODES`."""
+    return output.ending_quietly(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # M² on an ASCII terminal
@@ -349,7 +351,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         output.fail("interrupted")
         return INTERRUPTED
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK

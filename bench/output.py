@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -18,16 +18,35 @@ from rich.text import Text
 from . import measure
 
 PLAIN_WIDTH = 180  # of text where there is no terminal
+CLOSED_PIPE = 141  # what a shell says of a program that SIGPIPE ended: 128 + 13
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich would exit with 1, which here is a failed measurement: let `ending_quietly` have it."""
+        raise BrokenPipeError
 
 
 def make_console(file: TextIO | None = None, *, stderr: bool = False) -> Console:
-    """A console for a stream: no escape codes at all unless it is a terminal and NO_COLOR is unset."""
+    """A console for a stream: no escape codes at all unless it is a terminal and NO_COLOR is unset.
+
+    Whatever FORCE_COLOR and TTY_COMPATIBLE say: to rich they would make a file a terminal, with colours and a bar.
+    """
     stream = file or (sys.stderr if stderr else sys.stdout)
     plain = bool(os.environ.get("NO_COLOR")) or not stream.isatty()
     asked = os.environ.get("COLUMNS", "")
+    terminal = None if stream.isatty() else False  # None: rich looks, and knows terminals that cannot do it
     width = None if stream.isatty() else int(asked) if asked.isdecimal() and int(asked) else PLAIN_WIDTH
     options: dict[str, Any] = {"color_system": None, "no_color": True} if plain else {}
-    return Console(file=stream, width=width, highlight=False, soft_wrap=False, legacy_windows=False, **options)
+    return _Console(
+        file=stream,
+        force_terminal=terminal,
+        width=width,
+        highlight=False,
+        soft_wrap=False,
+        legacy_windows=False,
+        **options,
+    )
 
 
 @contextlib.contextmanager
@@ -75,6 +94,28 @@ def put(console: Console, parts: Sequence[Table | Text]) -> None:
         console.width = width
         lines = capture.get().split("\n")
         console.file.write("\n".join(line.rstrip() for line in lines))
+
+
+def ending_quietly(command: Callable[[], int]) -> int:
+    """Run a command and return its exit code, or CLOSED_PIPE once nobody reads its output (`head` has seen enough).
+
+    Output that was closed from the start (`>&-`) is dropped.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for good)
+    try:
+        code = command()
+        sys.stdout.flush()  # here, not at the interpreter's end, where an error cannot be caught
+        return code
+    except BrokenPipeError:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                with contextlib.suppress(OSError):  # what is left in the buffer must go somewhere at the end
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return CLOSED_PIPE
 
 
 def fail(message: str) -> None:

@@ -62,6 +62,7 @@ EXIT_CODES = """exit codes:
        or had nothing to compare
   2    bad arguments or files
   130  Ctrl-C
+  141  whoever read the output has stopped; finished rows are kept
   rows that ran out of memory or raised an error leave 0, as long as another row has a time"""
 
 

@@ -323,6 +323,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    return output.ending_quietly(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     args = parse(arguments)
     # One code object, Block.forward, is compiled for every kind of block.
     torch._dynamo.config.recompile_limit = 64

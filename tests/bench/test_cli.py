@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -246,6 +247,51 @@ def test_colour_and_width_follow_the_terminal(monkeypatch, tmp_path):
         assert "…" not in text
         assert re.search("median ms +p20 +p80 +vs xma", re.sub(r"\x1b\[[0-9;]*m", "", text))
         assert ("\x1b[" in text) is coloured
+
+
+@pytest.mark.parametrize("variable", [{"FORCE_COLOR": "1"}, {"TTY_COMPATIBLE": "1"}])
+def test_a_file_gets_neither_colours_nor_a_bar_whatever_is_forced(variable, run, monkeypatch):
+    for name, value in variable.items():
+        monkeypatch.setenv(name, value)
+    code, out, err = run("op", *SMALL, "--provider", "eager", "--runs", "1", "--mode", "forward")
+    assert code == 0
+    assert "\x1b" not in out + err
+    assert err.splitlines()[-1] == "B1,T5,N2,K3,V4 forward: eager"  # lines, not a bar
+
+
+@pytest.mark.parametrize(
+    "argv, closed, unbuffered",
+    [
+        (["show", RECORD], "stdout", ""),  # in the middle of tables
+        (["show", RECORD], "stdout", "1"),
+        (["report", RECORD], "stdout", ""),  # at the last flush
+        (["check", *SMALL, "--provider", "eager", "--dtype", "fp32", "--repeats", "0", "--json"], "stdout", "1"),
+        (["op", *SMALL, "--provider", "eager", "--runs", "1"], "stderr", ""),  # progress
+    ],
+)
+def test_a_reader_that_has_seen_enough_ends_it_quietly(argv, closed, unbuffered, tmp_path):
+    """As `| head -1` does: without a traceback, and with the code of a program that SIGPIPE ended."""
+    written = ["--out", str(tmp_path / "rows.jsonl")] if argv[0] in ("op", "check") else []
+    reads, writes = os.pipe()
+    os.close(reads)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, closed: writes}
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-m", "bench", *argv, *written]
+    try:
+        done = subprocess.run(command, cwd=Path(cli.__file__).parents[1], env=environment, text=True, **streams)
+    finally:
+        os.close(writes)
+    assert done.returncode == 141
+    said = done.stderr if closed == "stdout" else done.stdout
+    assert "Error" not in said
+    assert "Traceback" not in said
+
+
+def test_output_that_is_closed_from_the_start_is_dropped(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli.main(["op", *SMALL, "--provider", "eager", "--runs", "1", "--out", str(run.path)]) == 0
+    assert len(run.rows()) == 3
 
 
 def test_dry_run_shows_memory_and_runs_nothing(run, monkeypatch):

@@ -23,7 +23,8 @@ COLUMNS = {
     "model": ("inputs", "forward", "forward+backward", "train", "generate"),
 }
 NOTES = {
-    "op": "estimates of the op's peak beyond its inputs; a peer of another kind may need several times as much",
+    "op": "estimates of the op's peak beyond its inputs; a peer of another kind may need several times as much,\n"
+    "and with few sequences and heads forward on a GPU also holds partial sums of y, twice its size",
     "step": "estimates: what a step allocates beyond its inputs; of peers' steps no memory is predicted",
     "layer": "inputs: x, the gradient of y, the parameters; the others are peaks beyond these, counted operation by\n"
     "operation of the uncompiled layer (projections, conv, gates, scan with checkpoints, tail, every gradient);\n"
@@ -42,7 +43,7 @@ def input_bytes(shape: Shape, itemsize: int) -> int:
 
 
 def peak_bytes(provider: Provider, shape: Shape, itemsize: int) -> tuple[int, int]:
-    """(forward, forward+backward) of the op beyond its inputs: result, what is kept, gradients of the inputs."""
+    """(forward, forward+backward) of the op beyond its inputs: result, what is kept, what backward adds."""
     dy = result = result_bytes(shape, itemsize)
     forward = result + provider.kept(shape, itemsize)
     return forward, forward + provider.in_backward(shape, itemsize) + input_bytes(shape, itemsize) - dy

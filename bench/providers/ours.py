@@ -12,6 +12,8 @@ from torch import Tensor
 
 from m2rnn_compile import m2rnn, m2rnn_step
 from m2rnn_compile.ops import reference, registry
+from m2rnn_compile.ops.scan import DEFAULT_CHUNK
+from m2rnn_compile.ops.validation import num_checkpoints
 from m2rnn_compile.testing import low_precision_eager
 
 from ..floors import scan_work, step_work
@@ -23,7 +25,7 @@ from .registry import Context, Provider
 
 ORACLE_STEPS = 16384  # beyond, the tolerance comes from a part of the sequence
 GRAPH_BYTES = 2**30  # above this the oracle keeps checkpoints instead of the autograd graph of the whole loop
-CHECKPOINT_STEPS = 32
+BACKWARD_WINDOW = 144 * 2**20  # WINDOW_BYTES of lowering/triton: partial sums of gradients, window of time by window
 STEPS_A_GRAPH = 8  # of the compiled reference: a loop over all of T would compile for hours
 
 
@@ -147,8 +149,27 @@ def _why_not(impl: str, device: torch.device) -> str | None:
     return availability
 
 
+def state_bytes(shape: Shape, itemsize: int) -> int:
+    """One state of every sequence and head: fp32, fp64 for fp64 inputs."""
+    return max(4, itemsize) * state_elements(shape.with_length(1))
+
+
 def checkpoint_bytes(shape: Shape, itemsize: int) -> int:
-    return 4 * state_elements(shape) // CHECKPOINT_STEPS
+    """The states that forward keeps. Kernels of 16-bit inputs fill the same bytes with twice as many, of 16 bits."""
+    return num_checkpoints(shape.B, shape.T, shape.B, DEFAULT_CHUNK, packed=False) * state_bytes(shape, itemsize)
+
+
+def _kept(shape: Shape, itemsize: int) -> int:
+    return checkpoint_bytes(shape, itemsize) + state_bytes(shape, itemsize)  # and the final state
+
+
+def _in_backward(impl: str, shape: Shape, itemsize: int) -> int:
+    """Of the Triton kernels: partial sums of q, k, v and f, dW of every sequence, the carried gradient."""
+    if impl != "triton":
+        return 0
+    partials = shape.B * shape.T * shape.N * (itemsize * (2 * shape.K + shape.V) + 4)
+    dW = 4 * shape.B * shape.N * shape.V**2
+    return min(BACKWARD_WINDOW, partials) + dW + state_bytes(shape, itemsize)
 
 
 def _graph(shape: Shape, itemsize: int) -> int:
@@ -168,7 +189,8 @@ def implementation(impl: str, *, default_on: tuple[str, ...], about: str) -> Pro
             "layer": lambda context: layers.m2rnn_layer(context, impl, compiled=False),
             "model": lambda context: lm.language_model(context, "M", impl, compiled=False),
         },
-        kept=_graph if impl == "reference" else checkpoint_bytes,
+        kept=_graph if impl == "reference" else _kept,
+        in_backward=functools.partial(_in_backward, impl),
     )
 
 
@@ -194,5 +216,6 @@ def compiled(impl: str, *, default_on: tuple[str, ...]) -> Provider:
         default_on=default_on,
         why_not=functools.partial(_why_not, impl),
         build=build,
-        kept=_graph if impl == "reference" else checkpoint_bytes,
+        kept=_graph if impl == "reference" else _kept,
+        in_backward=functools.partial(_in_backward, impl),
     )

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import cli, memory
+from bench import cli, files, memory, predict, record
 from bench.ledger import META, FlashAttention, Ledger, kernel
 from bench.memory import MIB
-from bench.providers import PROVIDERS, Context
+from bench.providers import PROVIDERS, Context, ours
 from bench.shapes import PRESETS
 
 CPU = torch.device("cpu")
@@ -56,6 +56,48 @@ def test_a_kernel_has_memory_of_its_own_in_backward():
         assert ledger.peak == y.nbytes
         torch.autograd.grad(y, x, dy)
     assert ledger.peak == 8 * MIB + y.nbytes + MIB
+
+
+RECORD = record.RESULTS / "op-h100-20261128.jsonl"
+
+
+def of_record(provider, mode):
+    return {row.shape: row for row in files.read(RECORD) if row.provider == provider and row.mode == mode}
+
+
+@pytest.mark.parametrize("name", "ABCD")
+def test_what_is_predicted_of_the_op_is_what_a_gpu_measured(name):
+    """What docs/benchmarks.md says forward holds is what the record of an H100 has, to the byte but for rounding."""
+    shape, (triton,) = PRESETS[name], [provider for provider in PROVIDERS if provider.name == "triton"]
+    forward, both = (of_record("triton", mode)[name] for mode in ("forward", "forward+backward"))
+    y = predict.result_bytes(shape, 2)
+    assert forward.kept_mib == pytest.approx((y + ours.checkpoint_bytes(shape, 2)) / MIB, abs=0.01)
+    predicted = [x / MIB for x in predict.peak_bytes(triton, shape, 2)]
+    partials = 2 * y / MIB if name == "C" else 0.0
+    assert forward.peak_mib == pytest.approx(predicted[0] + partials, abs=0.01)
+    assert both.peak_mib == pytest.approx(predicted[1], rel=0.02)
+
+
+def test_the_window_of_backward_is_the_kernels():
+    pytest.importorskip("triton")
+    from m2rnn_compile.lowering import triton
+
+    assert triton.WINDOW_BYTES == ours.BACKWARD_WINDOW
+
+
+def test_memory_in_readme_is_that_of_the_record():
+    readme = (record.RESULTS.parents[1] / "README.md").read_text()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in readme.splitlines() if line.startswith("| ")]
+    found, shape = {}, ""
+    for first, mode, *cells in (line for line in lines if len(line) == 9):
+        shape = first[0] if first else shape
+        if mode in ("forward", "forward+backward"):
+            found[shape, mode] = cells[-2:]
+    assert found == {
+        (name, mode): [f"{of_record(provider, mode)[name].peak_mib:,.0f}" for provider in ("triton", "xma")]
+        for name in "ABCD"
+        for mode in ("forward", "forward+backward")
+    }
 
 
 @pytest.mark.parametrize("kernel_name", ["layer", "model"])

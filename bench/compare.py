@@ -17,7 +17,7 @@ from rich.text import Text
 
 from . import environment, files
 from .rows import Row
-from .tables import heading, make_table, mebibytes, milliseconds
+from .tables import heading, headline, make_table, mebibytes, milliseconds
 
 
 class Change(NamedTuple):
@@ -145,8 +145,10 @@ def parts_of(result: Comparison, title: str = "before and after") -> list[Table 
     places = sorted({change.before.place_against(change.after) for change in result.changes} - {""})
     lines += [f"{where}: the ratios are of the machines too" for where in places]
     versions = sorted({(c.before.torch, c.after.torch) for c in result.changes if c.before.torch != c.after.torch})
-    lines += [f"torch {a or 'unknown'} before, {b or 'unknown'} after" for a, b in versions]
+    lines += [f"another torch: {a or 'unknown'} before, {b or 'unknown'} after" for a, b in versions]
     if result.changes:
+        lines += [f"before: {line}" for line in headline([change.before for change in result.changes]).splitlines()]
+        lines += [f"after: {line}" for line in headline([change.after for change in result.changes]).splitlines()]
         lines.append("same: the ranges from p20 to p80 overlap")
     return [heading(title), *([table] if result.changes else []), Text("\n".join(lines))]
 

@@ -101,7 +101,7 @@ class Row:
     @property
     def place(self) -> str:
         """The machine, as far as times depend on it: the device, and on a CPU the number of threads."""
-        return self.device + (f", {self.threads} threads" if self.threads else "")
+        return self.device + (f", {self.threads} thread{'s' * (self.threads > 1)}" if self.threads else "")
 
     def place_against(self, other: Row) -> str:
         """In what the places of two rows differ; empty if in nothing."""

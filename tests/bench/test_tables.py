@@ -128,10 +128,17 @@ def test_rows_of_other_places_are_told_and_not_compared():
     assert compare.compare([h200], [gpu_threads]).changes == [(h200, gpu_threads)]
 
 
+def test_a_comparison_says_which_revisions_it_is_of():
+    after = [dataclasses.replace(row, git="0123456789ab") for row in ROWS[:2]]
+    lines = plain(compare.parts_of(compare.compare(ROWS[:2], after))).splitlines()
+    where = "2026-01-02, NVIDIA H200, driver 580.1, torch 2.11.0, triton 3.6.0, Python 3.12.3, git"
+    assert [f"before: {where} abcdef012345", f"after: {where} 0123456789ab"] == lines[-3:-1]
+
+
 def test_another_torch_is_compared_and_told():
     newer = dataclasses.replace(ROWS[0], torch="2.13.0")
-    assert "torch 2.11.0 before, 2.13.0 after" in plain(compare.parts_of(compare.compare(ROWS[:1], [newer])))
-    assert "torch" not in plain(compare.parts_of(compare.compare(ROWS[:1], ROWS[:1])))
+    assert "another torch: 2.11.0 before, 2.13.0 after" in plain(compare.parts_of(compare.compare(ROWS[:1], [newer])))
+    assert "another torch" not in plain(compare.parts_of(compare.compare(ROWS[:1], ROWS[:1])))
 
 
 def test_panels_hold_rows_that_differ_in_length_and_provider_only():
@@ -151,6 +158,7 @@ def test_threads_of_a_cpu_are_another_place():
     rows = [
         dataclasses.replace(timed("cpp", 1.0), device="cpu", driver=None, config=CONFIG | {"threads": n}) for n in (1, 2)
     ]
+    assert [row.place for row in rows] == ["cpu, 1 thread", "cpu, 2 threads"]
     assert len({row.figure for row in rows}) == 2
     assert len({row.key for row in rows}) == 1
 
@@ -224,6 +232,8 @@ op      B8 T4096 N84 K64 V16  bfloat16  forward  xma           4.112     4.110  
 missing now: op sdpa forward B8 T4096 N84 K64 V16 bfloat16
 missing now: op triton forward+backward B8 T4096 N84 K64 V16 bfloat16
 new: op lstm forward B8 T4096 N84 K64 V16 bfloat16
+before: 2026-01-02, NVIDIA H200, driver 580.1, torch 2.11.0, triton 3.6.0, Python 3.12.3, git abcdef012345
+after: 2026-01-02, NVIDIA H200, driver 580.1, torch 2.11.0, triton 3.6.0, Python 3.12.3, git abcdef012345
 same: the ranges from p20 to p80 overlap
 """,
         )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -41,11 +42,16 @@ def test_fused_scan(case: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.replace(" ", "-"))
 def test_fused_mixer(case: str, dtype: torch.dtype) -> None:
-    """Training from the whole projection on; in the layer's order g begins 8 bytes behind a 16-byte boundary."""
+    """Training from the whole projection on; in the layer's order g begins 8 bytes behind a 16-byte boundary.
+
+    Eight draws: in one, a gradient that slow gates carry far can be 2.6 times eager's by chance, emulated on a CPU too
+    (H₀'s of 8,192 numbers that share what the first steps made of a rounding, A_log's of four); over eight it is 0.7 to
+    1.0 of eager's.
+    """
     for taps, orders in ((4, ("the layer's", "padded")), (None, ("turned", "padded"))):
         runs = []
-        for order, T in zip(orders, (96, 80), strict=True):
-            sizes = {"T": T, **CASES[case]} | dict(K=64, V=16)
+        for seed, (order, T) in itertools.product(range(4), zip(orders, (96, 80), strict=True)):
+            sizes = {"T": T, **CASES[case]} | dict(K=64, V=16, seed=seed)
             x = make_mixer(case, taps=taps, order=order, **sizes, dtype=dtype).to(device="cuda")
             truth = run(x.to(torch.float64), composed_mixer, impl="eager")
             eager = run(x, composed_mixer, scan=low_precision_eager)
@@ -223,14 +229,10 @@ def values_and_gradients(fn: Any, layer: M2RNN, x: Tensor) -> list[Tensor]:
 def assert_as_near_as(*runs: tuple[list[Tensor], list[Tensor], list[Tensor]]) -> None:
     """Runs of (got, eager, truth): at most twice eager's error, or a hundredth of a percent in fp32.
 
-    Errors of few numbers are pooled over the runs: a gradient of twelve numbers alone can be off by chance.
+    Errors are pooled over the runs: one gradient alone can be off, or eager's lucky, by chance.
     """
     pooled = lambda norms: torch.stack(norms).norm()
     for i, x in enumerate(runs[0][0]):
-        if len(runs) > 1 and x.numel() >= 1000:
-            for got, eager, truth in runs:
-                assert_as_near_as(([got[i]], [eager[i]], [truth[i]]))
-            continue
         error = pooled([(got[i].double() - truth[i]).norm() for got, _, truth in runs])
         allowed = 2 * pooled([(eager[i].double() - truth[i]).norm() for _, eager, truth in runs])
         if x.dtype == FP32:

@@ -157,7 +157,6 @@ class Carry(NamedTuple):
     noise: float = 0.0  # standard deviation of what is added to H while the rule is learned, and at first later
     floor: float = 0.0  # at least so much later
     most: float = 0.15  # at most so much later
-    mixed: bool = False  # later, rows have from none to all of it: a state without noise is met in training too
     relabel: bool = True  # a wrong word goes on from the product the model said; else it ends and a new one begins
     every: tuple[int, int] = (2, 4)  # elements between noise and noise: while the rule is learned, and later
     at_once: bool = True  # learn from words of 16 over all elements at once
@@ -168,7 +167,7 @@ class Carry(NamedTuple):
 
 def carry_of(elements: int, **changes: Any) -> Carry:
     """What was found for groups of that size, see docs/reproduction.md: small ones learn from words of 16 at once."""
-    both = dict(noise=0.15, floor=0.02, most=0.4, mixed=True, relabel=False, rate=0.5)
+    both = dict(noise=0.15, floor=0.02, most=0.3, relabel=False, rate=0.5)
     return Carry(**both | (dict(at_once=False, enough=ENOUGH) if elements >= 60 else {}) | changes)
 
 
@@ -267,7 +266,6 @@ MODELS |= {
     "tracking, polished": m2rnn_spec(tracking(), carry=None),
     "tracking, no noise": m2rnn_spec(tracking(), carry=dict(noise=0.0)),
     "tracking, noise to 0.15": m2rnn_spec(tracking(), carry=dict(most=0.15)),
-    "tracking, equal noise": m2rnn_spec(tracking(), carry=dict(most=0.3, mixed=False)),
     "tracking, exact tanh": m2rnn_spec(tracking(), hardware_tanh=False),
     "tracking, fp32": m2rnn_spec(tracking(), bf16=False),
     "tracking, fp32, approximate tanh": m2rnn_spec(tracking(), bf16=False, hardware_tanh=True),
@@ -395,7 +393,6 @@ class Training:
         self.noise_generator = torch.Generator(device).manual_seed(seed)
         self.reached: dict[str, int] = {}  # steps after which each stage began
         self.noise = torch.tensor(self.carry.noise if self.carry else 0.0, device=device)
-        self.share = torch.ones(1, 1, 1, 1, device=device)  # of the noise, row by row
         self.rate = torch.tensor(0.0, device=device)
         self._new_optimizer(0.95 if self.carry is None else 0.99)
         self._start([spec.learning_rate * min(1, (i + 1) / 100) for i in range(setting.steps + 1)])
@@ -492,7 +489,7 @@ class Training:
         logits = []
         for piece in words.split(every, 1):
             noise = torch.empty_like(cache.state).normal_(generator=self.noise_generator)
-            said, cache = self.model.go_on(piece, cache._replace(state=cache.state + self.noise * self.share * noise))
+            said, cache = self.model.go_on(piece, cache._replace(state=cache.state + self.noise * noise))
             logits.append(said)
         return torch.cat(logits, 1), cache
 
@@ -554,8 +551,6 @@ class Carried(Training):
         self.at = torch.zeros(rows, dtype=torch.int64, device=self.device)  # the product each word stands at
         self.fresh = torch.ones(rows, dtype=torch.bool, device=self.device)  # a new word begins
         self.left = 1 + torch.arange(rows, device=self.device) % self.segments  # segments to the end of the word
-        mixed = torch.linspace(0, 1, rows, device=self.device).view(-1, 1, 1, 1)
-        self.share = mixed if self.carry.mixed else torch.ones_like(mixed)
 
     def next_words(self) -> None:
         """Always segments."""

@@ -22,11 +22,16 @@ from tests.lowering.emulated_gluon import Emulated
 GRADIENTS = ("dq", "dk", "dv", "df", "dW", "dinitial_state")
 
 
-def add_one(s: Sum, window: int, t_first: int) -> None:
+def add_one(s: Sum, window: int, t_first: int, places: Tensor | None = None) -> None:
     """What `reduce.py` does, whose kernels have a test of their own."""
     B, _, heads, *D = s.out.shape
-    part = s.part.float().reshape(s.blocks, B, window, heads, s.G, *D)
-    s.out[:, t_first : t_first + window] = part.sum((0, 4)).to(s.out.dtype)
+    B = B if places is None else len(places)
+    total = s.part.float().reshape(s.blocks, B, window, heads, s.G, *D).sum((0, 4)).to(s.out.dtype)
+    if places is None:
+        s.out[:, t_first : t_first + window] = total
+    else:
+        for slot, (t, steps) in zip(total, places.tolist(), strict=True):
+            s.out[0, t : t + steps] = slot[:steps]
 
 
 def emulate_kernels(monkeypatch: pytest.MonkeyPatch, wide: bool) -> None:

@@ -67,6 +67,21 @@ def test_something_more_is_added(beside: int) -> None:
     torch.testing.assert_close(s.out, want + scale * plus, equal_nan=True)
 
 
+@pytest.mark.parametrize("case", ["q of 84 heads", "v over blocks", "odd sizes"])
+def test_slots_of_time_go_where_each_belongs(case: str) -> None:
+    """What lies past the steps of a slot is NaN here, and not to be read or written."""
+    heads, G, D, blocks = CASES[case]
+    places, C, T = [(7, 4), (0, 0), (3, 3), (11, 1), (0, 3)], 4, 12
+    part = torch.full((blocks, 1, len(places) * C, heads * G, D), torch.nan)
+    want, scale, plus = torch.full((1, T, heads, D), torch.nan), torch.randn(heads, D), torch.randn(1, T, heads, D)
+    for slot, (t, steps) in enumerate(places):
+        own = part[:, 0, slot * C : slot * C + steps].normal_()
+        want[0, t : t + steps] = own.sum(0).unflatten(1, (heads, G)).sum(2) + scale * plus[0, t : t + steps]
+    s = Sum(part, torch.full_like(want, torch.nan), G, blocks, scale, plus)
+    add_all([s, s._replace(out=torch.empty_like(want))], C, 0, torch.tensor(places))
+    torch.testing.assert_close(s.out, want, equal_nan=True)
+
+
 @pytest.mark.parametrize("count", [1, 3, 4])
 def test_all_at_once_equal_one_by_one(count: int) -> None:
     torch.manual_seed(0)

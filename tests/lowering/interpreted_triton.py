@@ -7,6 +7,7 @@ on before anything imports the kernels. The GPU suite runs them compiled; Gluon 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -78,6 +79,60 @@ def test_windows_of_time_do_not_change_a_bit() -> None:
     x = make_inputs(1, 40, 2, 16, 16, seed=2)
     one, many = run_kernels(x, window_bytes=2**30), run_kernels(x, window_bytes=1)
     assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+PACKED: dict[str, list[int]] = {
+    "one sequence": [37],
+    "long, short, empty, and one of a chunk": [35, 1, 0, 16],
+    "short ones, more than a window has": [1, 2, 3, 27, 0, 1],
+    "empty at both ends": [0, 34, 0],
+}
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("seqlens", PACKED.values(), ids=PACKED)
+def test_windows_of_packed_sequences_do_not_change_a_bit(
+    seqlens: list[int], chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The partial sums of a window are no larger than asked for, and what nobody writes is not read."""
+    T = sum(seqlens)
+    x = make_inputs(1, T, 1, 20, 6, seed=2, seqlens=seqlens, initial_state=True, state_grad_clip=0.5)
+    one = run_kernels(x, config=C16)
+    made, new_empty = [], Tensor.new_empty
+
+    def poisoned(y: Tensor, *size: Any, **options: Any) -> Tensor:
+        made.append(new_empty(y, *size, **options))
+        return made[-1].fill_(torch.nan) if made[-1].is_floating_point() else made[-1]
+
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+    bytes_of_a_chunk = 16 * 4 * (2 * 20 + 2 * 6 + 2)
+    many = run_kernels(x, config=C16, window_bytes=chunks * bytes_of_a_chunk)
+    assert all(torch.equal(one[name], many[name]) for name in one)
+    parts = [y for y in made if y.dim() == 1 and y.is_floating_point()]
+    assert sum(y.nbytes for y in parts) == chunks * bytes_of_a_chunk
+
+
+def test_a_wrong_plan_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = make_inputs(1, 36, 1, 16, 16, seed=2, seqlens=[20, 16])
+    windows_of = lowering.windows_of
+
+    def earlier_windows_first(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(table.flip(0) for table in windows_of(*args))
+
+    one = run_kernels(x)
+    monkeypatch.setattr(lowering, "windows_of", earlier_windows_first)
+    other = run_kernels(x, window_bytes=1)
+    assert not torch.equal(one["dk"], other["dk"])
+
+
+def test_cu_seqlens_of_any_values_touch_no_memory_but_their_own() -> None:
+    x = make_inputs(1, 36, 1, 16, 16, seed=2, seqlens=[20, 16])
+    right = run_kernels(x)
+    for values in ([-5, 400, 70], [36, 0, 36], [2**31 - 1, -(2**31), 0]):
+        wrong = dataclasses.replace(x, cu_seqlens=torch.tensor(values, dtype=torch.int32))
+        run_kernels(wrong, window_bytes=1)
+    again = run_kernels(x)
+    assert all(torch.equal(right[name], again[name]) for name in right)
 
 
 def test_strided_inputs_and_a_gradient_of_stride_zero() -> None:

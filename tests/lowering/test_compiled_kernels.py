@@ -45,12 +45,14 @@ needs_tools = pytest.mark.skipif(not (BIN / "cuobjdump").exists(), reason="this 
 A = dict(N=84, K=64, V=16, Gq=84, Gk=84, Gv=1, Gf=1, Gw=1, BV=16, PACKED=False)
 D = dict(N=16, K=64, V=64, Gq=16, Gk=16, Gv=1, Gf=1, Gw=1, BV=64, PACKED=False)
 FORWARD = dict(HAS_H0=False, SAVE=True)
-BACKWARD = dict(HAS_DY=True, CLIP=1)
+BACKWARD = dict(HAS_DY=True, CLIP=1, PLANNED=False)
+WINDOWS = dict(PACKED=True, PLANNED=True)  # of packed sequences
 LOW = {"q", "k", "v", "W", "dy"}
 GLUON_LOW = LOW | {"ckpt", "scratch", "dq", "dk", "dv", "g", "o"}
 STRIDE_ONE = {"q_sk", "k_sk", "v_sv", "dy_sv", "f_sn", "g_sv"}
 UNALIGNED = {"T", "NC", "f_st", "f_sb", "chunk_first", "chunk_last", "window", "scans", "units", "rows", "per_program"}
 FLOATS = {"clip", "eps"}
+INT32 = {"cu_ptr", "walks_ptr", "flags_ptr"}
 
 
 class Resources(NamedTuple):
@@ -83,7 +85,7 @@ def compile_kernel(
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             low = name[:-4] in (GLUON_LOW if gluon else LOW)
-            signature[name] = "*i32" if name in ("cu_ptr", "flags_ptr") else "*bf16" if low else "*fp32"
+            signature[name] = "*i32" if name in INT32 else "*bf16" if low else "*fp32"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
@@ -139,10 +141,12 @@ def gluon_kernels(capability: int) -> dict[str, Resources]:
         "backward A": (backward, dict(A32, BK=32, **BACKWARD, SHARED=True), 1, None),
         "backward B": (backward, dict(A32, BK=32, **BACKWARD, SHARED=False), 1, None),
         "backward C": (backward, dict(A32, BK=16, **BACKWARD, SHARED=False), 1, None),
+        "backward packed": (backward, dict(A32, BK=32, **{**BACKWARD, **WINDOWS}, SHARED=False), 1, None),
     }
     if capability == 90:
         plans["forward D"] = (forward_wide_kernel(), dict(D32, BK=64, **FORWARD), 4, None)
         plans["backward D"] = (backward_wide_kernel(), dict(D32, BK=64, **BACKWARD), 4, None)
+        plans["packed D"] = (backward_wide_kernel(), dict(D32, BK=64, **{**BACKWARD, **WINDOWS}), 4, None)
     return {name: compile_kernel(k, c, capability, warps, most) for name, (k, c, warps, most) in plans.items()}
 
 
@@ -164,6 +168,7 @@ def portable_kernels(capability: int) -> dict[str, Resources]:
     return {
         "forward": compile_kernel(scan_forward_kernel, forward, capability, 1, None),
         "backward": compile_kernel(scan_backward_kernel, backward, capability, 1, None),
+        "backward packed": compile_kernel(scan_backward_kernel, {**backward, **WINDOWS}, capability, 1, None),
     }
 
 
@@ -191,6 +196,7 @@ class CompiledKernels(TestCase):
         self.check(portable_kernels(80), """\
 forward          | registers <= 88 | stack <= 128 | shared <= 1024
 backward         | registers <= 255 | stack <= 128 | shared <= 4096
+backward packed  | registers <= 255 | stack <= 256 | shared <= 4096
 """)
 
     def test_gluon_sm80(self) -> None:
@@ -202,6 +208,7 @@ forward D        | registers <= 255 | stack <= 256 | shared <= 91136
 backward A       | registers <= 255 | stack <= 128 | shared <= 26624
 backward B       | registers <= 255 | stack <= 128 | shared <= 26624
 backward C       | registers <= 176 | stack <= 128 | shared <= 15360
+backward packed  | registers <= 255 | stack <= 128 | shared <= 26624
 """)
 
     def test_fused_sm80(self) -> None:
@@ -229,6 +236,7 @@ gate backward    | registers <= 104 | stack <= 128 | shared <= 2048
         self.check(portable_kernels(90), """\
 forward          | registers <= 88 | stack <= 128 | shared <= 1024
 backward         | registers <= 255 | stack <= 128 | shared <= 4096
+backward packed  | registers <= 255 | stack <= 128 | shared <= 4096
 """)
 
     def test_gluon_sm90(self) -> None:
@@ -240,13 +248,16 @@ forward D        | registers <= 255 | stack <= 128 | shared <= 160768
 backward A       | registers <= 255 | stack <= 256 | shared <= 26624
 backward B       | registers <= 255 | stack <= 128 | shared <= 26624
 backward C       | registers <= 248 | stack <= 128 | shared <= 15360
+backward packed  | registers <= 255 | stack <= 128 | shared <= 26624
 backward D       | registers <= 255 | stack <= 256 | shared <= 232448
+packed D         | registers <= 255 | stack <= 256 | shared <= 232448
 """)
 
     def test_portable_sm100(self) -> None:
         self.check(portable_kernels(100), """\
 forward          | registers <= 96 | stack <= 128 | shared <= 1024
 backward         | registers <= 224 | stack <= 128 | shared <= 4096
+backward packed  | registers <= 248 | stack <= 128 | shared <= 4096
 """)
 
     def test_gluon_sm100(self) -> None:
@@ -258,6 +269,7 @@ forward D        | registers <= 255 | stack <= 128 | shared <= 91136
 backward A       | registers <= 255 | stack <= 128 | shared <= 26624
 backward B       | registers <= 255 | stack <= 128 | shared <= 26624
 backward C       | registers <= 152 | stack <= 128 | shared <= 15360
+backward packed  | registers <= 255 | stack <= 128 | shared <= 26624
 """)
 
 

@@ -61,6 +61,16 @@ def test_scans_shared_out_and_windows_of_time_do_not_change_a_bit(
         assert all(torch.equal(undivided[n], shared[n]) for n in undivided)
 
 
+@pytest.mark.parametrize("window_bytes", [1, 90_000])
+def test_windows_of_packed_sequences_do_not_change_a_bit(window_bytes: int) -> None:
+    """One chunk a window, and windows of several in which programs are left without a walk."""
+    seqlens = [33, 0, 100, 1, 70]
+    x = make_inputs(1, sum(seqlens), 2, 64, 16, dtype=torch.bfloat16, seqlens=seqlens, initial_state=True,
+                    state_grad_clip=0.5, seed=7)  # fmt: skip
+    whole, parts = emulate(x), emulate(x, window_bytes=window_bytes)
+    assert all(torch.equal(whole[n], parts[n]) for n in whole)
+
+
 def test_without_dy() -> None:
     x = make_inputs(1, 20, 2, 32, 16, dtype=torch.bfloat16, initial_state=True, seed=8)
     zero = emulate(dataclasses.replace(x, dy=torch.zeros_like(x.dy)))

@@ -27,6 +27,7 @@ from .gluon import (
     strides,
     warpgroups,
 )
+from .packed_windows import windows_of
 from .reduce import Sum, add, add_all
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -250,8 +251,14 @@ def scan_backward(
     low = v.dtype if gluon else torch.float32
     per_chunk = chunk * B * N * (low.itemsize * (2 * K + blocks * V) + 4 * blocks)
     chunks = triton.cdiv(T, chunk)
-    step = chunks if packed else min(chunks, max(1, window_bytes // max(1, per_chunk)))
-    width = T if packed else min(T, step * chunk)
+    step = min(chunks, max(1, window_bytes // max(1, per_chunk)))
+    windows = [(max(0, last - step), last) for last in range(chunks, 0, -step)]
+    walks = places = None
+    if cu_seqlens is not None and len(windows) > 1:
+        walks, places = windows_of(cu_seqlens, T, chunk, step)
+        windows = [(0, 0)] * len(walks)  # the kernel looks at its walk instead
+    width = min(T, step * chunk) if places is None else step * chunk
+    sequences = S if walks is None else walks.shape[1]  # in one window
     parts = {
         "q": v.new_empty(B * width * N * K, dtype=low),
         "k": v.new_empty(B * width * N * K, dtype=low),
@@ -259,19 +266,17 @@ def scan_backward(
         "f": v.new_empty(blocks * B * width * N, dtype=torch.float32),
     }
     if not gluon:
-        scratch = v.new_empty(S * N * blocks, triton.cdiv(chunk, 4), config.rows, BV, dtype=torch.float32)
-    notes = [v.new_empty(S * N * blocks * (chunk // 4), config.rows * BV)] if wide else []  # states every four steps
+        scratch = v.new_empty(sequences * N * blocks, triton.cdiv(chunk, 4), config.rows, BV, dtype=torch.float32)
+    notes = [v.new_empty(sequences * N * blocks * (chunk // 4), config.rows * BV)] if wide else []  # every four steps
     if dy is None:
         dq.zero_()
     programs = _shared_programs(v, S * N * blocks, 1, BV) if gluon and not wide and not packed else None
-    windows = range(chunks, 0, -step)
     # Rows of a multiple of 16 bytes, or Triton would compile the kernel once more for the other rows.
     flags = v.new_zeros(len(windows), -(S * N * blocks // -4) * 4, dtype=torch.int32) if programs else None
     with _on_device(q):
-        for i, last in enumerate(windows):
-            first = max(0, last - step)
-            t_first = 0 if packed else first * chunk
-            window = T if packed else min(T, last * chunk) - t_first
+        for i, (first, last) in enumerate(windows):
+            t_first = first * chunk
+            window = min(T, last * chunk) - t_first if places is None else width
             p_q = parts["q"][: B * window * N * K].view(1, B, window, N, K)
             p_k = parts["k"][: B * window * N * K].view(1, B, window, N, K)
             p_v = parts["v"][: blocks * B * window * N * V].view(blocks, B, window, N, V)
@@ -284,21 +289,22 @@ def scan_backward(
             )  # fmt: skip
             constants = dict(
                 N=N, K=K, V=V, **groups, BK=config.rows, BV=BV, C=chunk,
-                PACKED=packed, HAS_DY=dy is not None, CLIP=clip_mode(v.device) if clips and gluon else clips,
+                PACKED=packed, PLANNED=walks is not None, HAS_DY=dy is not None,
+                CLIP=clip_mode(v.device) if clips and gluon else clips,
             )  # fmt: skip
             inputs = (
                 q, k, v, f, W_, dy if dy is not None else q, cu_seqlens if cu_seqlens is not None else W_,
-                checkpoints, *notes, carry, dW_part,
+                W_ if walks is None else walks[i], checkpoints, *notes, carry, dW_part,
             )  # fmt: skip
             if gluon and wide:
-                backward_wide_kernel()[(S * N, blocks)](*inputs, *arguments, **constants, num_warps=4)
+                backward_wide_kernel()[(sequences * N, blocks)](*inputs, *arguments, **constants, num_warps=4)
             elif gluon:
-                backward_gluon_kernel()[(programs or S * N * blocks,)](
-                    *inputs, *arguments, W_ if flags is None else flags[i], S * N * blocks, last - first, **constants,
-                    SHARED=programs is not None, num_warps=1, maxnreg=config.registers,
+                backward_gluon_kernel()[(programs or sequences * N * blocks,)](
+                    *inputs, *arguments, W_ if flags is None else flags[i], sequences * N * blocks, last - first,
+                    **constants, SHARED=programs is not None, num_warps=1, maxnreg=config.registers,
                 )  # fmt: skip
             else:
-                scan_backward_kernel[(S * N, blocks)](
+                scan_backward_kernel[(sequences * N, blocks)](
                     *inputs, scratch, *arguments, **constants, SLOTS=2 if paired else 1, **numerics,
                     num_warps=config.warps,
                 )  # fmt: skip
@@ -308,7 +314,10 @@ def scan_backward(
                 Sum(p_v, dv, groups["Gv"], blocks, D, plus),
                 Sum(p_f, df, groups["Gf"], blocks),
             ]
-            add_all(sums, window, t_first)
+            if places is None:
+                add_all(sums, window, t_first)
+            else:
+                add_all(sums, chunk, 0, places[i])
     dW = dW_part.sum((0, 2)).unflatten(0, (W.shape[0], groups["Gw"])).sum(1).to(W.dtype)
     return dq, dk, dv, df, dW, carry
 

@@ -11,7 +11,8 @@
 
 Nothing is added atomically: what must be summed over heads or blocks of rows is written as partials and added in a
 fixed order by `reduce.py`. The host calls this kernel for one window of time after the other, so that partials stay
-small; carry and dW pass from window to window in memory.
+small; carry and dW pass from window to window in memory. Of packed sequences that are too long for one window, a
+program takes what `packed_windows.py` has planned for it: a walk over some chunks of one sequence, or none.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def _step_back(
 
 @triton.jit(do_not_specialize=["T", "NC", "chunk_first", "chunk_last", "window"])
 def scan_backward_kernel(
-    q_ptr, k_ptr, v_ptr, f_ptr, W_ptr, dy_ptr, cu_ptr, ckpt_ptr,
+    q_ptr, k_ptr, v_ptr, f_ptr, W_ptr, dy_ptr, cu_ptr, walks_ptr, ckpt_ptr,
     carry_ptr, dW_ptr, scratch_ptr, dq_ptr, dk_ptr, dv_ptr, df_ptr,
     T, NC, chunk_first, chunk_last, window, clip,
     q_sb, q_st, q_sn, q_sk, k_sb, k_st, k_sn, k_sk, v_sb, v_st, v_sn, v_sv, f_sb, f_st, f_sn,
@@ -70,11 +71,16 @@ def scan_backward_kernel(
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     Gq: tl.constexpr, Gk: tl.constexpr, Gv: tl.constexpr, Gf: tl.constexpr, Gw: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    SLOTS: tl.constexpr, PACKED: tl.constexpr, HAS_DY: tl.constexpr, CLIP: tl.constexpr,
+    SLOTS: tl.constexpr, PACKED: tl.constexpr, PLANNED: tl.constexpr, HAS_DY: tl.constexpr, CLIP: tl.constexpr,
     DOT: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(1).to(tl.int64)
     s = (tl.program_id(0) // N).to(tl.int64)
+    if PLANNED:
+        walk_at = walks_ptr + s * 4
+        s = tl.load(walk_at).to(tl.int64)
+        if tl.load(walk_at + 2) <= tl.load(walk_at + 1):  # no walk for this program
+            return
     n = (tl.program_id(0) % N).to(tl.int64)
     rows = tl.program_id(1) * BK + tl.arange(0, BK)
     cols = tl.arange(0, BV)
@@ -94,6 +100,10 @@ def scan_backward_kernel(
         c_last = (length + C - 1) // C
         c_first = 0
         origin = first  # partials of the only window start at time 0
+        if PLANNED:
+            c_first = tl.load(walk_at + 1)
+            c_last = tl.load(walk_at + 2)
+            origin = (tl.load(walk_at + 3) - c_first).to(tl.int64) * C
     else:
         first = s * 0
         length = T
@@ -118,6 +128,8 @@ def scan_backward_kernel(
     carry_at = carry_ptr + sn * (K * V) + state
     program = sn * tl.num_programs(1) + block
     dW_at = dW_ptr + program * (V * V) + cols[:, None] * V + cols[None, :]
+    if PLANNED:  # programs of one window, not states, have a scratch row each
+        program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + block
     scratch = scratch_ptr + program * (((C + 3) // 4) * BK * BV) + tl.arange(0, BK)[:, None] * BV + cols[None, :]
 
     W_at = W_ptr + (n // Gw) * (V * V)

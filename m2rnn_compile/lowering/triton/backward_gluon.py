@@ -131,7 +131,7 @@ def undo(carry, h_before, e_shared, s, q8, f8, dy8, v_right, k_right, first, u: 
 
 @gluon.jit(do_not_specialize=["T", "NC", "chunk_first", "chunk_last", "window", "f_sb", "df_skb", "scans", "units"])
 def scan_backward_gluon_kernel(
-    q_ptr, k_ptr, v_ptr, f_ptr, W_ptr, dy_ptr, cu_ptr, ckpt_ptr,
+    q_ptr, k_ptr, v_ptr, f_ptr, W_ptr, dy_ptr, cu_ptr, walks_ptr, ckpt_ptr,
     carry_ptr, dW_ptr, dq_ptr, dk_ptr, dv_ptr, df_ptr,
     T, NC, chunk_first, chunk_last, window, clip,
     q_sb, q_st, q_sn, q_sk, k_sb, k_st, k_sn, k_sk, v_sb, v_st, v_sn, v_sv, f_sb, f_st, f_sn,
@@ -141,7 +141,7 @@ def scan_backward_gluon_kernel(
     N: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
     Gq: gl.constexpr, Gk: gl.constexpr, Gv: gl.constexpr, Gf: gl.constexpr, Gw: gl.constexpr,
     BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr,
-    PACKED: gl.constexpr, HAS_DY: gl.constexpr, CLIP: gl.constexpr, SHARED: gl.constexpr,
+    PACKED: gl.constexpr, PLANNED: gl.constexpr, HAS_DY: gl.constexpr, CLIP: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
     LOW: gl.constexpr = v_ptr.dtype.element_ty
     L: gl.constexpr = tile_layout(1, BV, False)
@@ -181,13 +181,19 @@ def scan_backward_gluon_kernel(
     else:
         units = 1
     scan_last = (piece_last - 1) // units
-    for back_scan in range(0, (scan_last - piece_first // units + 1).to(gl.int32)):
+    scans_here = (scan_last - piece_first // units + 1).to(gl.int32)
+    if PLANNED:
+        walk_at = walks_ptr + piece_first // (BLOCKS * N) * 4
+        scans_here = gl.where(gl.load(walk_at + 2) > gl.load(walk_at + 1), scans_here, 0)
+    for back_scan in range(0, scans_here):
         scan = scan_last - back_scan
         unit_first = (gl.maximum(piece_first, scan * units) - scan * units).to(gl.int32)
         unit_last = (gl.minimum(piece_last, (scan + 1) * units) - scan * units).to(gl.int32)
         block = (scan % BLOCKS).to(gl.int32)
         s = scan // BLOCKS // N
         n = scan // BLOCKS % N
+        if PLANNED:
+            s = gl.load(walk_at).to(gl.int64)
         if PACKED:
             first = gl.load(cu_ptr + s).to(gl.int64)
             last = gl.load(cu_ptr + s + 1).to(gl.int64)
@@ -199,6 +205,10 @@ def scan_backward_gluon_kernel(
             c_last = (length + C - 1) // C
             c_first = 0
             origin = first  # partials of the only window start at time 0
+            if PLANNED:
+                c_first = gl.load(walk_at + 1)
+                c_last = gl.load(walk_at + 2)
+                origin = (gl.load(walk_at + 3) - c_first).to(gl.int64) * C
         else:
             first = s * 0
             length = T

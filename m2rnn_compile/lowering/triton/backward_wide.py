@@ -292,7 +292,7 @@ def undo_all(
     k_at, k_st, k_sk, v_at, v_st, v_sv, q_at, q_st, q_sk, dy_at, dy_st, dy_sv, f_at, f_st,
     carry_ptr, dW_ptr, dk_at, dk_st, dv_at, dv_st, df_at, df_st, clip,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr,
-    HAS_DY: gl.constexpr, CLIP: gl.constexpr,
+    PLANNED: gl.constexpr, HAS_DY: gl.constexpr, CLIP: gl.constexpr,
 ):  # fmt: skip
     """carry_ptr and dW_ptr: of this state; dk_at, dv_at and df_at: its lines of time 0."""
     NW: gl.constexpr = gl.num_warps()
@@ -302,9 +302,13 @@ def undo_all(
     j = column_of(gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(0, L)), 0), BV)
     carry_at = carry_ptr + i * V + j
     in_state = (i < K) & (j < V)
+    if PLANNED:  # a program without a walk leaves the state of sequence 0 alone, which another may have
+        in_state = in_state & (groups_in_all > 0)
     carry = gl.load(carry_at, mask=in_state, other=0.0)
     wi = column_of(gl.expand_dims(gl.arange(0, BV, gl.SliceLayout(1, L)), 1), BV)
     in_W = (wi < V) & (j < V)
+    if PLANNED:
+        in_W = in_W & (groups_in_all > 0)
     dW_at = dW_ptr + wi * V + j
     dW = gl.load(dW_at, mask=in_W, other=0.0)
     Wt = W.permute((1, 0))
@@ -398,7 +402,7 @@ def undo_all(
 
 @gluon.jit(do_not_specialize=["T", "NC", "chunk_first", "chunk_last", "window", "f_sb", "df_skb"])
 def scan_backward_wide_kernel(
-    q_ptr, k_ptr, v_ptr, f_ptr, W_ptr, dy_ptr, cu_ptr, ckpt_ptr, scratch_ptr,
+    q_ptr, k_ptr, v_ptr, f_ptr, W_ptr, dy_ptr, cu_ptr, walks_ptr, ckpt_ptr, scratch_ptr,
     carry_ptr, dW_ptr, dq_ptr, dk_ptr, dv_ptr, df_ptr,
     T, NC, chunk_first, chunk_last, window, clip,
     q_sb, q_st, q_sn, q_sk, k_sb, k_st, k_sn, k_sk, v_sb, v_st, v_sn, v_sv, f_sb, f_st, f_sn,
@@ -407,7 +411,7 @@ def scan_backward_wide_kernel(
     N: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
     Gq: gl.constexpr, Gk: gl.constexpr, Gv: gl.constexpr, Gf: gl.constexpr, Gw: gl.constexpr,
     BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr,
-    PACKED: gl.constexpr, HAS_DY: gl.constexpr, CLIP: gl.constexpr,
+    PACKED: gl.constexpr, PLANNED: gl.constexpr, HAS_DY: gl.constexpr, CLIP: gl.constexpr,
 ):  # fmt: skip
     LOW: gl.constexpr = v_ptr.dtype.element_ty
     NW: gl.constexpr = gl.num_warps()
@@ -415,6 +419,9 @@ def scan_backward_wide_kernel(
     block = gl.program_id(1)
     s = (gl.program_id(0) // N).to(gl.int64)
     n = (gl.program_id(0) % N).to(gl.int64)
+    if PLANNED:
+        walk_at = walks_ptr + s * 4
+        s = gl.load(walk_at).to(gl.int64)
     if PACKED:
         first = gl.load(cu_ptr + s).to(gl.int64)
         last = gl.load(cu_ptr + s + 1).to(gl.int64)
@@ -426,6 +433,10 @@ def scan_backward_wide_kernel(
         c_last = (length + C - 1) // C
         c_first = 0
         origin = first  # partials of the only window start at time 0
+        if PLANNED:
+            c_first = gl.load(walk_at + 1)
+            c_last = gl.load(walk_at + 2)
+            origin = (gl.load(walk_at + 3) - c_first).to(gl.int64) * C
     else:
         first = s * 0
         length = T
@@ -467,7 +478,10 @@ def scan_backward_wide_kernel(
     )
     fence_async_shared()
     sn = s * N + n
-    scratch = scratch_ptr + (sn * gl.num_programs(1) + block) * (C // 4 * BK * BV)
+    program = sn * gl.num_programs(1) + block
+    if PLANNED:  # programs of one window, not states, have a scratch each
+        program = gl.program_id(0).to(gl.int64) * gl.num_programs(1) + block
+    scratch = scratch_ptr + program * (C // 4 * BK * BV)
     t_first = c_first * C
     groups_in_all = (gl.maximum(gl.minimum(length, c_last * C) - t_first, 0) + 3) // 4
     gl.warp_specialize(
@@ -483,7 +497,7 @@ def scan_backward_wide_kernel(
                 hs, es, ss, full, empty,
                 k_at, k_st, k_sk, v_at, v_st, v_sv, q_at, q_st, q_sk, dy_at, dy_st, dy_sv, f_at, f_st,
                 carry_ptr + sn * (K * V), dW_ptr + (sn * gl.num_programs(1) + block) * (V * V),
-                dk_at, N * K, dv_at, N * V, df_at, N, clip, K, V, BK, BV, C, HAS_DY, CLIP,
+                dk_at, N * K, dv_at, N * V, df_at, N, clip, K, V, BK, BV, C, PLANNED, HAS_DY, CLIP,
             )),
         ],
         [4], [256],

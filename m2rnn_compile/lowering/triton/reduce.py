@@ -29,15 +29,19 @@ class Sum(NamedTuple):
 
 @triton.jit
 def _add(
-    part_ptr, out_ptr, scale_ptr, plus_ptr, program, rows, inner, heads_in, T, t_first, block_rows, gap, plus_gap,
+    part_ptr, out_ptr, scale_ptr, plus_ptr, places_ptr, program, rows, inner, heads_in, T, t_first, block_rows, gap,
+    plus_gap,
     BLOCKS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
-    UNIT: tl.constexpr, PLUS: tl.constexpr, PLUS_UNIT: tl.constexpr,
+    UNIT: tl.constexpr, PLUS: tl.constexpr, PLUS_UNIT: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
     """BR rows of the output: (b, t, m) with t inside the window; `inner` = window · heads_in of them per batch element.
 
     For every block, BG of G heads at once: many loads in flight, for this only moves bytes. Where it comes out even,
     programs take the batch at one time after the other, for backward wrote the first times last and the L2 cache still
     has them. What was read once can leave it.
+
+    PLACED: the partials are of slots of time instead of batch elements; places_ptr has each slot's first step and the
+    number of its steps.
     """
     of_sequence = inner // BR
     if of_sequence * BR == inner:
@@ -48,7 +52,13 @@ def _add(
     d = tl.arange(0, BD)
     total = tl.zeros((BR, BG, BD), tl.float32)
     at = part_ptr + (r * (G * D))[:, None, None] + (g * D)[None, :, None] + d[None, None, :]
-    in_row = (r < rows)[:, None, None] & (d < D)[None, None, :]
+    here = r < rows
+    if PLACED:
+        b = r // inner
+        own = r - b * inner
+        t = tl.load(places_ptr + b * 2, mask=r < rows, other=0)
+        here = own < tl.load(places_ptr + b * 2 + 1, mask=r < rows, other=0) * heads_in
+    in_row = here[:, None, None] & (d < D)[None, None, :]
     # Counted in rows of D elements, not in elements: so the compiler knows that loads stay aligned at any T.
     block_stride = block_rows.to(tl.int64) * D
     for block in tl.static_range(BLOCKS):
@@ -56,13 +66,15 @@ def _add(
             mask = in_row & (g < G - first)[None, :, None]
             x = tl.load(at + (block * block_stride + first * D), mask=mask, other=0.0, eviction_policy="evict_first")
             total += x.to(tl.float32)
-    b = r // inner
-    own = r - b * inner
-    out_row = (b * T + t_first) * heads_in + own
-    mask = (r < rows)[:, None] & (d < D)[None, :]
+    if not PLACED:
+        b = r // inner
+        own = r - b * inner
+        t = b * T + t_first
+    out_row = t * heads_in + own
+    mask = here[:, None] & (d < D)[None, :]
     result = tl.sum(total, 1)
     at_dense = (out_row * D)[:, None] + d[None, :]
-    step = b * T + t_first + own // heads_in
+    step = t + own // heads_in
     # Columns beside these in a step are counted in units, for the sake of alignment.
     if PLUS:
         scale = tl.load(scale_ptr + (own % heads_in * D)[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -79,8 +91,8 @@ def reduce_kernel(
 ):  # fmt: skip
     """One sum."""
     _add(
-        part_ptr, out_ptr, scale_ptr, plus_ptr, tl.program_id(0), rows, inner, heads_in, T, t_first, block_rows, gap,
-        plus_gap, A[0], A[1], A[2], A[3], A[4], A[5], A[6], A[7], A[8],
+        part_ptr, out_ptr, scale_ptr, plus_ptr, part_ptr, tl.program_id(0), rows, inner, heads_in, T, t_first,
+        block_rows, gap, plus_gap, A[0], A[1], A[2], A[3], A[4], A[5], A[6], A[7], A[8], A[9],
     )  # fmt: skip
 
 
@@ -94,7 +106,7 @@ def reduce_kernel(
     ]
 )  # fmt: skip
 def reduce_four_kernel(
-    T, t_first,
+    places_ptr, T, t_first,
     a_ptr, a_out, a_scale, a_plus, a_last, a_rows, a_inner, a_heads, a_stride, a_gap, a_pgap,
     b_ptr, b_out, b_scale, b_plus, b_last, b_rows, b_inner, b_heads, b_stride, b_gap, b_pgap,
     c_ptr, c_out, c_scale, c_plus, c_last, c_rows, c_inner, c_heads, c_stride, c_gap, c_pgap,
@@ -105,23 +117,23 @@ def reduce_four_kernel(
     p = tl.program_id(0)
     if p < a_last:
         _add(
-            a_ptr, a_out, a_scale, a_plus, p, a_rows, a_inner, a_heads, T, t_first, a_stride, a_gap, a_pgap,
-            A[0], A[1], A[2], A[3], A[4], A[5], A[6], A[7], A[8],
+            a_ptr, a_out, a_scale, a_plus, places_ptr, p, a_rows, a_inner, a_heads, T, t_first,
+            a_stride, a_gap, a_pgap, A[0], A[1], A[2], A[3], A[4], A[5], A[6], A[7], A[8], A[9],
         )  # fmt: skip
     elif p < b_last:
         _add(
-            b_ptr, b_out, b_scale, b_plus, p - a_last, b_rows, b_inner, b_heads, T, t_first, b_stride, b_gap, b_pgap,
-            B[0], B[1], B[2], B[3], B[4], B[5], B[6], B[7], B[8],
+            b_ptr, b_out, b_scale, b_plus, places_ptr, p - a_last, b_rows, b_inner, b_heads, T, t_first,
+            b_stride, b_gap, b_pgap, B[0], B[1], B[2], B[3], B[4], B[5], B[6], B[7], B[8], B[9],
         )  # fmt: skip
     elif p < c_last:
         _add(
-            c_ptr, c_out, c_scale, c_plus, p - b_last, c_rows, c_inner, c_heads, T, t_first, c_stride, c_gap, c_pgap,
-            C[0], C[1], C[2], C[3], C[4], C[5], C[6], C[7], C[8],
+            c_ptr, c_out, c_scale, c_plus, places_ptr, p - b_last, c_rows, c_inner, c_heads, T, t_first,
+            c_stride, c_gap, c_pgap, C[0], C[1], C[2], C[3], C[4], C[5], C[6], C[7], C[8], C[9],
         )  # fmt: skip
     else:
         _add(
-            d_ptr, d_out, d_scale, d_plus, p - c_last, d_rows, d_inner, d_heads, T, t_first, d_stride, d_gap, d_pgap,
-            D[0], D[1], D[2], D[3], D[4], D[5], D[6], D[7], D[8],
+            d_ptr, d_out, d_scale, d_plus, places_ptr, p - c_last, d_rows, d_inner, d_heads, T, t_first,
+            d_stride, d_gap, d_pgap, D[0], D[1], D[2], D[3], D[4], D[5], D[6], D[7], D[8], D[9],
         )  # fmt: skip
 
 
@@ -139,9 +151,11 @@ def _gap(out: Tensor, width: int) -> tuple[int, int]:
     return columns // unit, unit
 
 
-def _split(s: Sum, window: int, warps: int | None) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+def _split(
+    s: Sum, window: int, warps: int | None, slots: int | None = None
+) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
     """(programs, warps, numbers, constants) of a sum; a program has some 1024 elements a warp and load."""
-    B, _, heads = s.out.shape[:3]
+    B, heads = slots or s.out.shape[0], s.out.shape[2]
     D = s.out.shape[3] if s.out.dim() == 4 else 1
     rows, BD = B * window * heads, next_power_of_2(D)
     # Measured on an H200: few warps with many loads in flight each (docs/kernel-notes.md).
@@ -152,7 +166,7 @@ def _split(s: Sum, window: int, warps: int | None) -> tuple[int, int, tuple[int,
     gap, unit = _gap(s.out, heads * D)
     plus_gap, plus_unit = (0, 0) if s.plus is None else _gap(s.plus, heads * D)
     numbers = (rows, window * heads, heads, s.part.stride(0) // D if s.blocks > 1 else 0, gap, plus_gap)
-    constants = (s.blocks, s.G, D, BR, BG, BD, unit, int(s.plus is not None), plus_unit)
+    constants = (s.blocks, s.G, D, BR, BG, BD, unit, int(s.plus is not None), plus_unit, int(slots is not None))
     return triton.cdiv(rows, BR), warps, numbers, constants
 
 
@@ -169,9 +183,13 @@ def add(s: Sum, window: int, t_first: int) -> None:
         )
 
 
-def add_all(sums: list[Sum], window: int, t_first: int) -> None:
-    """All of at most four sums over the same window in one launch."""
-    split = [_split(s, window, 1) for s in sums]
+def add_all(sums: list[Sum], window: int, t_first: int, places: Tensor | None = None) -> None:
+    """All of at most four sums over the same window in one launch.
+
+    With `places` [slots, 2] the window is one of packed sequences (`packed_windows.py`): partials are
+    [blocks, 1, slots · window, heads · G, D], and each slot of `window` steps has a time of its own.
+    """
+    split = [_split(s, window, 1, None if places is None else places.shape[0]) for s in sums]
     last, arguments, constants = 0, [], []
     for s, (programs, _, numbers, shape) in zip(sums, split, strict=True):
         last += programs
@@ -183,5 +201,6 @@ def add_all(sums: list[Sum], window: int, t_first: int) -> None:
     del arguments[-7]  # the fourth ends with the grid
     if last:
         reduce_four_kernel[(last,)](
-            sums[0].out.shape[1], t_first, *arguments, **dict(zip("ABCD", constants, strict=True)), num_warps=1
-        )
+            sums[0].part if places is None else places, sums[0].out.shape[1], t_first, *arguments,
+            **dict(zip("ABCD", constants, strict=True)), num_warps=1,
+        )  # fmt: skip

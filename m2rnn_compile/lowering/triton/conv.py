@@ -41,6 +41,16 @@ def tap(w_ptr, c, ok, j: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def place(T, C: tl.constexpr, STEPS: tl.constexpr, BC: tl.constexpr):
+    """(channels, block of steps, batch element) of a program. All on the grid's first axis: others end at 65,535."""
+    blocks_c: tl.constexpr = (C + BC - 1) // BC
+    blocks_t = tl.cdiv(T, STEPS)
+    p = tl.program_id(0) // blocks_c
+    c = tl.program_id(0) % blocks_c * BC + tl.arange(0, BC)
+    return c, (p % blocks_t).to(tl.int64), (p // blocks_t).to(tl.int64)
+
+
+@triton.jit
 def within(x, t, position_ptr, j: tl.constexpr, T, PACKED: tl.constexpr):
     """x where step t may look back j steps; without positions x is zero there already."""
     if PACKED:
@@ -87,10 +97,9 @@ def conv_forward_kernel(
     C: tl.constexpr, WIDTH: tl.constexpr, PACKED: tl.constexpr, FAST: tl.constexpr,
     STEPS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    c, block, b = place(T, C, STEPS, BC)
     ok = c < C
-    b = tl.program_id(2).to(tl.int64)
-    first = tl.program_id(1).to(tl.int64) * STEPS
+    first = block * STEPS
     last = tl.minimum(first + STEPS, T)
     w0 = tap(w_ptr, c, ok, 0, WIDTH)
     w1 = tap(w_ptr, c, ok, 1, WIDTH)
@@ -139,10 +148,9 @@ def conv_backward_kernel(
     C: tl.constexpr, WIDTH: tl.constexpr, PACKED: tl.constexpr, FAST: tl.constexpr,
     STEPS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    c, block, b = place(T, C, STEPS, BC)
     ok = c < C
-    b = tl.program_id(2).to(tl.int64)
-    first = tl.program_id(1).to(tl.int64) * STEPS
+    first = block * STEPS
     last = tl.minimum(first + STEPS, T)
     w0 = tap(w_ptr, c, ok, 0, WIDTH)
     w1 = tap(w_ptr, c, ok, 1, WIDTH)
@@ -184,7 +192,7 @@ def conv_backward_kernel(
             n3, n2, n1, n0, g3, t + 3, d1, d2, d3, s0, s1, s2, s3, w0, w1, w2, w3, position_ptr, dx_at, dx_st, T,
             first, last, ok, PACKED, FAST)  # fmt: skip
         x1, x2, x3 = n3, n2, n1
-    dw_at = dw_ptr + (b * tl.num_programs(1) + tl.program_id(1)) * (WIDTH * C) + c
+    dw_at = dw_ptr + (b * tl.cdiv(T, STEPS) + block) * (WIDTH * C) + c
     tl.store(dw_at + (WIDTH - 1) * C, s0, mask=ok)
     if WIDTH > 1:
         tl.store(dw_at + (WIDTH - 2) * C, s1, mask=ok)
@@ -213,7 +221,7 @@ def conv_silu(
     x = _by_channel(x)
     if y.numel():
         with _on_device(x):
-            conv_forward_kernel[(triton.cdiv(C, channels), triton.cdiv(T, steps), B)](
+            conv_forward_kernel[(triton.cdiv(C, channels) * triton.cdiv(T, steps) * B,)](
                 x, weight.contiguous(), x if position is None else position, y, T, x.stride(0), x.stride(1),
                 **_constants(x, weight, position), STEPS=steps, BC=channels, num_warps=warps,
             )  # fmt: skip
@@ -243,7 +251,7 @@ def conv_silu_backward(
     blocks = triton.cdiv(T, steps)
     dw = x.new_empty(B * blocks, weight.shape[1], C, dtype=torch.float32)
     with _on_device(x):
-        conv_backward_kernel[(triton.cdiv(C, channels), blocks, B)](
+        conv_backward_kernel[(triton.cdiv(C, channels) * blocks * B,)](
             dy, x, weight.contiguous(), x if position is None else position, dx, dw, T, x.stride(0), x.stride(1),
             dx.stride(0), dx.stride(1), **_constants(x, weight, position), STEPS=steps, BC=channels, num_warps=warps,
         )  # fmt: skip

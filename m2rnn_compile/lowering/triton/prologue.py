@@ -59,11 +59,18 @@ def prologue_kernel(
     C: tl.constexpr, WIDTH: tl.constexpr, NF: tl.constexpr, FORGET: tl.constexpr, FAST: tl.constexpr,
     STEPS: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
-    """Programs of the first axis: a block of the C channels each, then one for the gates."""
-    t = tl.program_id(1).to(tl.int64) * STEPS + tl.arange(0, STEPS)
-    b = tl.program_id(2).to(tl.int64)
-    if tl.program_id(0) * BC < C:
-        c = tl.program_id(0) * BC + tl.arange(0, BC)
+    """To STEPS steps of a batch element, programs for a block of the C channels each, then one for the gates.
+
+    All on the grid's first axis: the others end at 65,535.
+    """
+    GATES: tl.constexpr = FORGET != "none"
+    blocks: tl.constexpr = (C + BC - 1) // BC + GATES
+    p = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    t = (p % tl.cdiv(T, STEPS)).to(tl.int64) * STEPS + tl.arange(0, STEPS)
+    b = (p // tl.cdiv(T, STEPS)).to(tl.int64)
+    if block * BC < C:
+        c = block * BC + tl.arange(0, BC)
         convolve(x_ptr + b * x_sb, w_ptr, y_ptr + b * T * C, t, c, T, x_st, C, WIDTH, FAST, STEPS, BC)
     else:
         n = tl.arange(0, BF)
@@ -94,7 +101,7 @@ def before_scan(
         x = x.contiguous()
     xs = (0, 0) if x is None else x.stride()[:2]
     with _on_device(f):
-        prologue_kernel[(blocks, triton.cdiv(T, steps), B)](
+        prologue_kernel[(blocks * triton.cdiv(T, steps) * B,)](
             f if x is None else x, f if weight is None else weight.contiguous(), f if y is None else y,
             f, f if A_log is None else A_log.contiguous(), f if dt_bias is None else dt_bias.contiguous(), factor,
             T, *xs, *f.stride(), C=C, WIDTH=width, NF=Nf, FORGET=forget,

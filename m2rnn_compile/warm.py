@@ -4,10 +4,23 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from .ops import m2rnn
+from .ops import explain_impl, m2rnn
+from .ops.scan import DEFAULT_CHUNK
 
 LENGTH = 8  # steps of the trial runs: launch configurations and compiled kernels do not depend on T
+
+
+def run_windows(inputs: tuple[Tensor | None, ...], state_grad_clip: float | None) -> None:
+    """Backward of packed sequences whose partial sums fill more than one window, which is a kernel of its own.
+
+    A batch that needs it by itself would be far longer than a trial run.
+    """
+    from .lowering.triton import scan, scan_backward
+
+    y, final_state, checkpoints = scan(*inputs, state_grad_clip, DEFAULT_CHUNK)  # type: ignore[arg-type]
+    scan_backward(y, final_state, *inputs, checkpoints, state_grad_clip, DEFAULT_CHUNK, window_bytes=1)  # type: ignore[arg-type]
 
 
 def warmup(
@@ -29,7 +42,7 @@ def warmup(
     state_grad_clip: float | None = None,
     impl: str = "auto",
 ) -> None:
-    """Run `m2rnn` once on a few steps of random input, so that what it needs at any T is compiled.
+    """Run `m2rnn` on a few steps of random input, so that what it needs at any T is compiled.
 
     Args:
         B: sequences of a batch; with `packed`, sequences packed along time.
@@ -37,7 +50,8 @@ def warmup(
         K, V: rows and columns of the state.
         dtype: of q, k, v and W; f is fp32.
         device: where; on a CPU this builds the C++ kernel.
-        initial_state, packed, state_grad_clip: as the calls to come will have them: each is a kernel of its own.
+        initial_state, packed, state_grad_clip: as the calls to come will have them: each is a kernel of its own. With
+            `packed`, those for `cu_seqlens` in int32 and in int64, and those for batches of any length.
         backward: with gradients (training). Without, the kernels of inference only.
         impl: as in `m2rnn`.
 
@@ -48,7 +62,8 @@ def warmup(
     def random(*shape: int) -> torch.Tensor:
         return torch.rand(*shape, generator=generator, device=device)
 
-    batch, T = (1, B * LENGTH) if packed else (B, LENGTH)
+    length = max(LENGTH, DEFAULT_CHUNK // B + 1) if packed else LENGTH  # packed, more than a chunk in all
+    batch, T = (1, B * length) if packed else (B, length)
     leaves = [
         random(batch, T, Nq, K).to(dtype),
         random(batch, T, Nk, K).to(dtype),
@@ -57,12 +72,18 @@ def warmup(
         random(Nw or N, V, V).to(dtype) / V,
     ]
     q, k, v, f, W = (x.requires_grad_(backward) for x in leaves)
-    cu_seqlens = torch.arange(0, T + 1, LENGTH, dtype=torch.int32, device=device) if packed else None
-    with torch.set_grad_enabled(backward):
-        y, final_state = m2rnn(
-            q, k, v, f, W, initial_state=random(B, N, K, V) if initial_state else None, cu_seqlens=cu_seqlens,
-            state_grad_clip=state_grad_clip, impl=impl,
-        )  # fmt: skip
-        if backward:
-            assert final_state is not None
-            torch.autograd.grad(y.float().sum() + final_state.sum(), (q, k, v, f, W))
+    h0 = random(B, N, K, V) if initial_state else None
+    for index in (torch.int32, torch.int64) if packed else (None,):
+        cu_seqlens = torch.arange(0, T + 1, length, dtype=index, device=device) if packed else None
+        with torch.set_grad_enabled(backward):
+            y, final_state = m2rnn(
+                q, k, v, f, W, initial_state=h0, cu_seqlens=cu_seqlens, state_grad_clip=state_grad_clip, impl=impl
+            )
+            if backward:
+                assert final_state is not None
+                torch.autograd.grad(y.float().sum() + final_state.sum(), (q, k, v, f, W))
+        if packed and backward:
+            choice = explain_impl(q, k, v, f, W, initial_state=h0, cu_seqlens=cu_seqlens, impl=impl)
+            if choice.impl == "triton":
+                with torch.no_grad():
+                    run_windows((q, k, v, f, W, h0, cu_seqlens), state_grad_clip)

@@ -24,7 +24,9 @@ def test_it_runs_every_kind_of_call(packed: bool, backward: bool, monkeypatch: p
     warmup(B=3, N=2, K=4, V=4, dtype=torch.float32, device="cpu", packed=packed, backward=backward, initial_state=True,
            state_grad_clip=1.0, impl="eager")  # fmt: skip
     (q, _, v, f, W), options = calls[0]
-    assert q.shape == ((1, 24, 1, 4) if packed else (3, 8, 1, 4))
+    assert q.shape == ((1, 66, 1, 4) if packed else (3, 8, 1, 4))
+    indices = [cu.dtype for _, o in calls if isinstance(cu := o["cu_seqlens"], torch.Tensor)]
+    assert indices == ([torch.int32, torch.int64] if packed else [])
     assert v.shape[2] == f.shape[2] == W.shape[0] == 2
     assert options["state_grad_clip"] == 1.0
     assert options["initial_state"].shape == (3, 2, 4, 4)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...ops.validation import new_checkpoints
 from . import tuning
 from .backward import scan_backward_kernel
-from .config import LaunchConfig, backward_config, forward_config, next_power_of_2, shared_programs
+from .config import LaunchConfig, backward_config, forward_config, next_power_of_2, shared_programs, stride_unit
 from .forward import scan_forward_kernel
 from .gluon import (
     aligned,
@@ -104,6 +104,10 @@ def _check_chunk(chunk: int, T: int) -> None:
         )
 
 
+def _units(*x: Tensor | None) -> tuple[int, ...]:
+    return tuple(1 if y is None else stride_unit(*strides(y, time=True)[:2]) for y in x)
+
+
 def _groups(N: int, q: Tensor, k: Tensor, v: Tensor, f: Tensor, W: Tensor) -> dict[str, int]:
     return dict(Gq=N // q.shape[2], Gk=N // k.shape[2], Gv=N // v.shape[2], Gf=N // f.shape[2], Gw=N // W.shape[0])
 
@@ -160,7 +164,8 @@ def scan(
     arguments = (
         q, k, v, f, W, h0 if h0 is not None else W, cu_seqlens if cu_seqlens is not None else W,
         y_part, final, checkpoints.view(v.dtype) if gluon else checkpoints,
-        T, NC, *strides(q), *strides(k), *strides(v), *strides(f), y_part.stride(0) if blocks > 1 else 0,
+        T, NC, *strides(q, time=not gluon), *strides(k, time=not gluon), *strides(v, time=not gluon), *strides(f),
+        y_part.stride(0) if blocks > 1 else 0,
     )  # fmt: skip
     constants = dict(
         N=N, K=K, V=V, **_groups(N, q, k, v, f, W), BK=config.rows, BV=BV,
@@ -179,7 +184,7 @@ def scan(
             )  # fmt: skip
         else:
             scan_forward_kernel[(S * N, blocks)](
-                *arguments, **constants, C=max(chunk, 1), **numerics, num_warps=config.warps
+                *arguments, **constants, C=max(chunk, 1), **numerics, UNITS=_units(q, k, v), num_warps=config.warps
             )
         if not add_partials:
             return y_part if blocks > 1 else y[None], final, checkpoints
@@ -284,7 +289,8 @@ def scan_backward(
             arguments = (
                 p_q, p_k, p_v, p_f,
                 T, checkpoints.shape[1], first, last, window, float(state_grad_clip or 0.0),
-                *strides(q), *strides(k), *strides(v), *strides(f), *(strides(dy) if dy is not None else (0, 0, 0, 1)),
+                *strides(q, time=not gluon), *strides(k, time=not gluon), *strides(v, time=not gluon), *strides(f),
+                *(strides(dy, time=not gluon) if dy is not None else (0, 0, 0, 1)),
                 p_v.stride(0), p_f.stride(0),
             )  # fmt: skip
             constants = dict(
@@ -306,7 +312,7 @@ def scan_backward(
             else:
                 scan_backward_kernel[(sequences * N, blocks)](
                     *inputs, scratch, *arguments, **constants, SLOTS=2 if paired else 1, **numerics,
-                    num_warps=config.warps,
+                    UNITS=_units(q, k, v, dy), num_warps=config.warps,
                 )  # fmt: skip
             sums = [Sum(p_q, dq, groups["Gq"], 1)] if dy is not None else []
             sums += [

@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .math import product, step
+from .math import multiple, product, step
 
 
 @triton.jit
@@ -60,7 +60,12 @@ def _step_back(
     return carry, dW
 
 
-@triton.jit(do_not_specialize=["T", "NC", "chunk_first", "chunk_last", "window"])
+@triton.jit(
+    do_not_specialize=[
+        "T", "NC", "chunk_first", "chunk_last", "window", "q_sb", "k_sb", "v_sb", "f_sb", "f_st", "dy_sb",
+        "dv_skb", "df_skb",
+    ]
+)  # fmt: skip
 def scan_backward_kernel(
     q_ptr, k_ptr, v_ptr, f_ptr, W_ptr, dy_ptr, cu_ptr, walks_ptr, ckpt_ptr,
     carry_ptr, dW_ptr, scratch_ptr, dq_ptr, dk_ptr, dv_ptr, df_ptr,
@@ -72,7 +77,7 @@ def scan_backward_kernel(
     Gq: tl.constexpr, Gk: tl.constexpr, Gv: tl.constexpr, Gf: tl.constexpr, Gw: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     SLOTS: tl.constexpr, PACKED: tl.constexpr, PLANNED: tl.constexpr, HAS_DY: tl.constexpr, CLIP: tl.constexpr,
-    DOT: tl.constexpr, HARDWARE: tl.constexpr,
+    DOT: tl.constexpr, HARDWARE: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(1).to(tl.int64)
     s = (tl.program_id(0) // N).to(tl.int64)
@@ -113,15 +118,15 @@ def scan_backward_kernel(
         c_last = chunk_last
         origin = first - chunk_first * C
 
-    q_at = q_ptr + b * q_sb + first * q_st + (n // Gq) * q_sn + rows.to(tl.int64) * q_sk
-    k_at = k_ptr + b * k_sb + first * k_st + (n // Gk) * k_sn + rows.to(tl.int64) * k_sk
-    v_at = v_ptr + b * v_sb + first * v_st + (n // Gv) * v_sn + cols.to(tl.int64) * v_sv
+    q_at = q_ptr + b * multiple(q_sb, UNITS[0]) + first * q_st + (n // Gq) * q_sn + rows.to(tl.int64) * q_sk
+    k_at = k_ptr + b * multiple(k_sb, UNITS[1]) + first * k_st + (n // Gk) * k_sn + rows.to(tl.int64) * k_sk
+    v_at = v_ptr + b * multiple(v_sb, UNITS[2]) + first * v_st + (n // Gv) * v_sn + cols.to(tl.int64) * v_sv
     f_at = f_ptr + b * f_sb + first * f_st + (n // Gf) * f_sn
-    dy_at = dy_ptr + b * dy_sb + first * dy_st + n * dy_sn + cols.to(tl.int64) * dy_sv
+    dy_at = dy_ptr + b * multiple(dy_sb, UNITS[3]) + first * dy_st + n * dy_sn + cols.to(tl.int64) * dy_sv
     part = (b * window + origin) * N + n  # [B, window, N, ...]: the partials of every head
     dq_at = dq_ptr + part * K + rows
     dk_at = dk_ptr + part * K + rows
-    dv_at = dv_ptr + block * dv_skb + part * V + cols
+    dv_at = dv_ptr + block * multiple(dv_skb, N * V) + part * V + cols
     df_at = df_ptr + block * df_skb + part
     state = rows[:, None] * V + cols[None, :]
     sn = s * N + n

@@ -129,7 +129,11 @@ def undo(carry, h_before, e_shared, s, q8, f8, dy8, v_right, k_right, first, u: 
     return carry, df, dk, dv, dWt
 
 
-@gluon.jit(do_not_specialize=["T", "NC", "chunk_first", "chunk_last", "window", "f_sb", "df_skb", "scans", "units"])
+@gluon.jit(
+    do_not_specialize=[
+        "T", "NC", "chunk_first", "chunk_last", "window", "f_sb", "f_st", "df_skb", "scans", "units",
+    ]
+)  # fmt: skip
 def scan_backward_gluon_kernel(
     q_ptr, k_ptr, v_ptr, f_ptr, W_ptr, dy_ptr, cu_ptr, walks_ptr, ckpt_ptr,
     carry_ptr, dW_ptr, dq_ptr, dk_ptr, dv_ptr, df_ptr,

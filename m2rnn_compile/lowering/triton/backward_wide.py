@@ -400,7 +400,7 @@ def undo_all(
     gl.store(dW_at, dW, mask=in_W)
 
 
-@gluon.jit(do_not_specialize=["T", "NC", "chunk_first", "chunk_last", "window", "f_sb", "df_skb"])
+@gluon.jit(do_not_specialize=["T", "NC", "chunk_first", "chunk_last", "window", "f_sb", "f_st", "df_skb"])
 def scan_backward_wide_kernel(
     q_ptr, k_ptr, v_ptr, f_ptr, W_ptr, dy_ptr, cu_ptr, walks_ptr, ckpt_ptr, scratch_ptr,
     carry_ptr, dW_ptr, dq_ptr, dk_ptr, dv_ptr, df_ptr,

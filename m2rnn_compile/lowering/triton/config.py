@@ -21,6 +21,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def stride_unit(outer: int, inner: int) -> int:
+    """What the stride of the batch is known to be a multiple of at any T: that of a step is, and has T of them."""
+    return 16 if outer % 16 == 0 and inner % 16 == 0 else 1
+
+
 def forward_config(
     scans: int, K: int, BV: int, multiprocessors: int, gluon: bool = False, wide: bool = False
 ) -> LaunchConfig:

@@ -15,7 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import DTYPES, INTERPRETED, _on_device
+from .config import stride_unit
 from .fused_tail import logistic
+from .math import multiple
 
 MAX_WIDTH = 4
 CHANNELS = 128  # per program of one warp: 8 bytes a thread and step in 16 bits
@@ -91,11 +93,11 @@ def forward_step(x0, x1, x2, x3, t, w0, w1, w2, w3, position_ptr, y_at, T, last,
     tl.store(y_at + t * C, y.to(y_at.dtype.element_ty), mask=in_range(ok, t, 0, last))
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "x_sb"])
 def conv_forward_kernel(
     x_ptr, w_ptr, position_ptr, y_ptr, T, x_sb, x_st,
     C: tl.constexpr, WIDTH: tl.constexpr, PACKED: tl.constexpr, FAST: tl.constexpr,
-    STEPS: tl.constexpr, BC: tl.constexpr,
+    STEPS: tl.constexpr, BC: tl.constexpr, X_UNIT: tl.constexpr,
 ):  # fmt: skip
     c, block, b = place(T, C, STEPS, BC)
     ok = c < C
@@ -105,7 +107,7 @@ def conv_forward_kernel(
     w1 = tap(w_ptr, c, ok, 1, WIDTH)
     w2 = tap(w_ptr, c, ok, 2, WIDTH)
     w3 = tap(w_ptr, c, ok, 3, WIDTH)
-    x_at = x_ptr + b * x_sb + c
+    x_at = x_ptr + b * multiple(x_sb, X_UNIT) + c
     y_at = y_ptr + b * T * C + c
     x1 = load_step(x_at, first - 1, x_st, T, ok)
     x2 = load_step(x_at, first - 2, x_st, T, ok)
@@ -142,11 +144,11 @@ def backward_step(x0, x1, x2, x3, dy, t, d1, d2, d3, s0, s1, s2, s3, w0, w1, w2,
     return within(da, t, position_ptr, 0, T, PACKED) * w0, d1, d2, s0, s1, s2, s3
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "x_sb", "dx_sb"])
 def conv_backward_kernel(
     dy_ptr, x_ptr, w_ptr, position_ptr, dx_ptr, dw_ptr, T, x_sb, x_st, dx_sb, dx_st,
     C: tl.constexpr, WIDTH: tl.constexpr, PACKED: tl.constexpr, FAST: tl.constexpr,
-    STEPS: tl.constexpr, BC: tl.constexpr,
+    STEPS: tl.constexpr, BC: tl.constexpr, X_UNIT: tl.constexpr, DX_UNIT: tl.constexpr,
 ):  # fmt: skip
     c, block, b = place(T, C, STEPS, BC)
     ok = c < C
@@ -156,9 +158,9 @@ def conv_backward_kernel(
     w1 = tap(w_ptr, c, ok, 1, WIDTH)
     w2 = tap(w_ptr, c, ok, 2, WIDTH)
     w3 = tap(w_ptr, c, ok, 3, WIDTH)
-    x_at = x_ptr + b * x_sb + c
+    x_at = x_ptr + b * multiple(x_sb, X_UNIT) + c
     dy_at = dy_ptr + b * T * C + c
-    dx_at = dx_ptr + b * dx_sb + c
+    dx_at = dx_ptr + b * multiple(dx_sb, DX_UNIT) + c
     x1 = load_step(x_at, first - 1, x_st, T, ok)
     x2 = load_step(x_at, first - 2, x_st, T, ok)
     x3 = load_step(x_at, first - 3, x_st, T, ok)
@@ -205,7 +207,8 @@ def conv_backward_kernel(
 def _constants(x: Tensor, weight: Tensor, position: Tensor | None) -> dict[str, object]:
     """The hardware's exp where the result is rounded to 16 bits anyway."""
     fast = x.dtype != torch.float32 and not INTERPRETED
-    return dict(C=x.shape[2], WIDTH=weight.shape[1], PACKED=position is not None, FAST=fast)
+    unit = stride_unit(x.stride(0), x.stride(1))
+    return dict(C=x.shape[2], WIDTH=weight.shape[1], PACKED=position is not None, FAST=fast, X_UNIT=unit)
 
 
 def _by_channel(x: Tensor) -> Tensor:
@@ -253,6 +256,7 @@ def conv_silu_backward(
     with _on_device(x):
         conv_backward_kernel[(triton.cdiv(C, channels) * blocks * B,)](
             dy, x, weight.contiguous(), x if position is None else position, dx, dw, T, x.stride(0), x.stride(1),
-            dx.stride(0), dx.stride(1), **_constants(x, weight, position), STEPS=steps, BC=channels, num_warps=warps,
+            dx.stride(0), dx.stride(1), **_constants(x, weight, position),
+            DX_UNIT=stride_unit(dx.stride(0), dx.stride(1)), STEPS=steps, BC=channels, num_warps=warps,
         )  # fmt: skip
     return dx, dw.sum(0).t().to(weight.dtype)

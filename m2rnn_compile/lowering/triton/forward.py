@@ -18,10 +18,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .math import step
+from .math import multiple, step
 
 
-@triton.jit(do_not_specialize=["T", "NC"])
+@triton.jit(do_not_specialize=["T", "NC", "q_sb", "k_sb", "v_sb", "f_sb", "f_st", "y_skb"])
 def scan_forward_kernel(
     q_ptr, k_ptr, v_ptr, f_ptr, W_ptr, h0_ptr, cu_ptr, y_ptr, final_ptr, ckpt_ptr,
     T, NC,
@@ -31,7 +31,7 @@ def scan_forward_kernel(
     Gq: tl.constexpr, Gk: tl.constexpr, Gv: tl.constexpr, Gf: tl.constexpr, Gw: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     PACKED: tl.constexpr, HAS_H0: tl.constexpr, SAVE: tl.constexpr,
-    DOT: tl.constexpr, HARDWARE: tl.constexpr,
+    DOT: tl.constexpr, HARDWARE: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     # int64 from the first product on: pointers advance by strides, so no offset is ever computed in 32 bits
     block = tl.program_id(1).to(tl.int64)
@@ -57,11 +57,11 @@ def scan_forward_kernel(
         b = s
         slot = s * NC
 
-    q_at = q_ptr + b * q_sb + first * q_st + (n // Gq) * q_sn + rows.to(tl.int64) * q_sk
-    k_at = k_ptr + b * k_sb + first * k_st + (n // Gk) * k_sn + rows.to(tl.int64) * k_sk
-    v_at = v_ptr + b * v_sb + first * v_st + (n // Gv) * v_sn + cols.to(tl.int64) * v_sv
+    q_at = q_ptr + b * multiple(q_sb, UNITS[0]) + first * q_st + (n // Gq) * q_sn + rows.to(tl.int64) * q_sk
+    k_at = k_ptr + b * multiple(k_sb, UNITS[1]) + first * k_st + (n // Gk) * k_sn + rows.to(tl.int64) * k_sk
+    v_at = v_ptr + b * multiple(v_sb, UNITS[2]) + first * v_st + (n // Gv) * v_sn + cols.to(tl.int64) * v_sv
     f_at = f_ptr + b * f_sb + first * f_st + (n // Gf) * f_sn
-    y_at = y_ptr + block * y_skb + ((b * T + first) * N + n) * V + cols
+    y_at = y_ptr + block * multiple(y_skb, N * V) + ((b * T + first) * N + n) * V + cols
     state = rows[:, None] * V + cols[None, :]
     ckpt_at = ckpt_ptr + (slot * N + n) * (K * V) + state
     sn = s * N + n

@@ -123,7 +123,7 @@ def finish(y, v, g, D, weight, eps, V: gl.constexpr, BV: gl.constexpr,
     return u
 
 
-@gluon.jit(do_not_specialize=["T", "f_sb", "scans", "units"])
+@gluon.jit(do_not_specialize=["T", "f_sb", "f_st", "scans", "units"])
 def scan_forward_fused_kernel(
     q_ptr, k_ptr, v_ptr, f_ptr, W_ptr, h0_ptr, taps_ptr, D_ptr, g_ptr, weight_ptr, o_ptr, final_ptr,
     T, eps,

@@ -95,7 +95,7 @@ def parts_of(x, BK: gl.constexpr, PARTS: gl.constexpr, L: gl.constexpr):
         return x, x
 
 
-@gluon.jit(do_not_specialize=["T", "NC", "f_sb", "scans", "units"])
+@gluon.jit(do_not_specialize=["T", "NC", "f_sb", "f_st", "scans", "units"])
 def scan_forward_gluon_kernel(
     q_ptr, k_ptr, v_ptr, f_ptr, W_ptr, h0_ptr, cu_ptr, y_ptr, final_ptr, ckpt_ptr,
     T, NC,

@@ -126,7 +126,7 @@ def read(
     async_copy.wait_group(0)
 
 
-@gluon.jit(do_not_specialize=["T", "NC", "f_sb"])
+@gluon.jit(do_not_specialize=["T", "NC", "f_sb", "f_st"])
 def scan_forward_wide_kernel(
     q_ptr, k_ptr, v_ptr, f_ptr, W_ptr, h0_ptr, cu_ptr, y_ptr, final_ptr, ckpt_ptr,
     T, NC,

@@ -16,8 +16,9 @@ from torch import Tensor
 from . import INTERPRETED, _multiprocessors, _on_device
 from . import fused_inference as inference
 from . import scan as partial_scan
-from .config import next_power_of_2
+from .config import next_power_of_2, stride_unit
 from .fused_tail import tail_backward_kernel, tail_forward_kernel
+from .gluon import strides
 from .reduce import pitch
 
 MAX_FEATURES = 16384  # N·V of a norm over all heads: a position must fit into one tile in registers
@@ -56,6 +57,10 @@ def _aligned_base(x: Tensor) -> tuple[Tensor, int]:
     if shift == 0 or shift > x.storage_offset():
         return x, 0
     return x.as_strided(x.shape, x.stride(), x.storage_offset() - shift), shift
+
+
+def _unit(x: Tensor) -> int:
+    return stride_unit(*strides(x, time=True)[:2])
 
 
 def _resident(warps: int) -> dict[str, int]:
@@ -122,12 +127,13 @@ def fused_scan(
         tail_forward_kernel[(triton.cdiv(rows, rows_per_program), triton.cdiv(N, BN))](
             parts, v_base, parts if D is None else D.contiguous(), g_base,
             parts if norm_weight is None else norm_weight.contiguous(), o, y, rstd,
-            rows, T, norm_eps, parts.stride(0), *v.stride(), *(v if g is None else g).stride(),
+            rows, T, norm_eps, parts.stride(0), *strides(v, time=True), *strides(v if g is None else g, time=True),
             N=N, V=V, Gv=N // v.shape[2], Gg=1 if g is None else N // g.shape[2], BLOCKS=blocks,
             V_SHIFT=v_shift, G_SHIFT=g_shift,
             HAS_D=D is not None, HAS_G=g is not None, HAS_W=norm_weight is not None,
             SAVE_Y=writes_y, SAVE_RSTD=saves, ACT=activation, NORM=norm, FAST=_fast(out_dtype),
-            BN=BN, BV=BV, ROWS=rows_per_program, num_warps=warps or tile_warps,
+            BN=BN, BV=BV, ROWS=rows_per_program, V_UNIT=_unit(v), G_UNIT=_unit(v if g is None else g),
+            num_warps=warps or tile_warps,
         )  # fmt: skip
     return o, final, y, rstd, checkpoints
 
@@ -182,12 +188,14 @@ def fused_tail_backward(
             tail_backward_kernel[(programs, triton.cdiv(N, BN))](
                 do, y, v_base, y if D is None else D.contiguous(), g_base,
                 y if norm_weight is None else norm_weight.contiguous(), rstd.contiguous(), dy_base, dg_base, dD, dw,
-                rows, T, per_program, *do.stride(), *v.stride(), *(v if g is None else g).stride(),
+                rows, T, per_program, *strides(do, time=True), *strides(v, time=True),
+                *strides(v if g is None else g, time=True),
                 pitch(dy), 0 if g is None else pitch(dg),
                 N=N, V=V, Gv=N // v.shape[2], Gg=1 if g is None else N // g.shape[2],
                 V_SHIFT=v_shift, G_SHIFT=g_shift, DY_SHIFT=dy_shift, DG_SHIFT=dg_shift,
                 HAS_D=D is not None, HAS_G=g is not None, HAS_W=norm_weight is not None,
                 ACT=activation, NORM=norm, FAST=_fast(y.dtype), BN=BN, BV=BV,
+                DO_UNIT=_unit(do), V_UNIT=_unit(v), G_UNIT=_unit(v if g is None else g),
                 **_resident(warps or min(16, 4 * tile_warps)),
             )  # fmt: skip
     return (

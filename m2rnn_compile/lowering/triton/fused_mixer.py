@@ -19,8 +19,9 @@ from ...ops.fused import keeps_y, unpack
 from ...ops.fused_mixer import BackwardArguments, parts, unused
 from ...ops.reference import sum_shared_heads
 from . import _multiprocessors, _on_device, conv, fused, scan_backward
-from .config import next_power_of_2
+from .config import next_power_of_2, stride_unit
 from .decode import exponential, softplus
+from .math import multiple
 from .reduce import pitch
 
 GATE_ELEMENTS = 1024  # of a tile of the gate's kernel, 4 warps
@@ -28,10 +29,10 @@ GATE_PROGRAMS_PER_MULTIPROCESSOR = 16
 WINDOW_BYTES = 112 * 2**20  # less than the scan by itself: more is alive here
 
 
-@triton.jit(do_not_specialize=["rows", "T", "per_program"])
+@triton.jit(do_not_specialize=["rows", "T", "per_program", "x_sb"])
 def gate_backward_kernel(
     df_ptr, x_ptr, A_log_ptr, dt_bias_ptr, dx_ptr, sums_ptr, rows, T, per_program, x_sb, x_st, x_sn, dx_row,
-    N: tl.constexpr, FORGET: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+    N: tl.constexpr, FORGET: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, X_UNIT: tl.constexpr,
 ):  # fmt: skip
     """dz of z = x + dt_bias (or of x, "sigmoid"), and each program's sums for A_log and dt_bias, [programs, 2, N].
 
@@ -50,7 +51,7 @@ def gate_backward_kernel(
         b = r // T
         t = r - b * T
         mask = (r < last)[:, None] & (n < N)[None, :]
-        x_at = (b * x_sb + t * x_st)[:, None] + (n * x_sn)[None, :]
+        x_at = (b * multiple(x_sb, X_UNIT) + t * x_st)[:, None] + (n * x_sn)[None, :]
         df = tl.load(df_ptr + (r * N)[:, None] + n[None, :], mask=mask, other=0.0)
         x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
         if FORGET == "decay":
@@ -89,7 +90,8 @@ def gate_backward(
             gate_backward_kernel[(programs,)](
                 df.contiguous(), x, x if A_log is None else A_log.contiguous(),
                 x if dt_bias is None else dt_bias.contiguous(), into, sums, rows, T, per_program, *x.stride(),
-                pitch(into), N=N, FORGET=forget, BR=BR, BN=BN, num_warps=4,
+                pitch(into), N=N, FORGET=forget, BR=BR, BN=BN, X_UNIT=stride_unit(x.stride(0), x.stride(1)),
+                num_warps=4,
             )  # fmt: skip
     if forget != "decay":
         return None, None

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .decode import exponential
-from .math import tanh
+from .math import multiple, tanh
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def mean_square_of(x, F: tl.constexpr, V: tl.constexpr, NORM: tl.constexpr, BN: 
         return per_head / V
 
 
-@triton.jit(do_not_specialize=["rows", "T"])
+@triton.jit(do_not_specialize=["rows", "T", "part_stride", "v_sb", "g_sb"])
 def tail_forward_kernel(
     part_ptr, v_ptr, D_ptr, g_ptr, w_ptr, o_ptr, y_ptr, rstd_ptr,
     rows, T, eps, part_stride, v_sb, v_st, v_sh, v_se, g_sb, g_st, g_sh, g_se,
@@ -65,7 +65,7 @@ def tail_forward_kernel(
     V_SHIFT: tl.constexpr, G_SHIFT: tl.constexpr,
     HAS_D: tl.constexpr, HAS_G: tl.constexpr, HAS_W: tl.constexpr, SAVE_Y: tl.constexpr, SAVE_RSTD: tl.constexpr,
     ACT: tl.constexpr, NORM: tl.constexpr, FAST: tl.constexpr,
-    BN: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr,
+    BN: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr, V_UNIT: tl.constexpr, G_UNIT: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     e = tl.arange(0, BV)
@@ -86,14 +86,14 @@ def tail_forward_kernel(
         mask = in_tile & in_rows[:, None]
         x = tl.load(part_ptr + r * (N * V) + at, mask=mask, other=0.0).to(tl.float32)
         for block in tl.static_range(1, BLOCKS):
-            part = tl.load(part_ptr + block * part_stride + r * (N * V) + at, mask=mask, other=0.0)
+            part = tl.load(part_ptr + block * multiple(part_stride, N * V) + r * (N * V) + at, mask=mask, other=0.0)
             x += part.to(tl.float32)
         if SAVE_Y:
             tl.store(y_ptr + r * (N * V) + at, x.to(y_ptr.dtype.element_ty), mask=mask)
         if HAS_D:
-            x += D * tl.load(v_ptr + b * v_sb + t * v_st + v_at, mask=mask, other=0.0).to(tl.float32)
+            x += D * tl.load(v_ptr + b * multiple(v_sb, V_UNIT) + t * v_st + v_at, mask=mask, other=0.0).to(tl.float32)
         if HAS_G:
-            g = tl.load(g_ptr + b * g_sb + t * g_st + g_at, mask=mask, other=0.0).to(tl.float32)
+            g = tl.load(g_ptr + b * multiple(g_sb, G_UNIT) + t * g_st + g_at, mask=mask, other=0.0).to(tl.float32)
             a, _ = activation(g, ACT, FAST)
             x *= a
         if NORM != "none":  # what is outside of the tile is zero and adds nothing
@@ -110,7 +110,7 @@ def tail_forward_kernel(
         tl.store(o_ptr + r * (N * V) + at, x.to(o_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "T", "per_program"])
+@triton.jit(do_not_specialize=["rows", "T", "per_program", "do_sb", "v_sb", "g_sb"])
 def tail_backward_kernel(
     do_ptr, y_ptr, v_ptr, D_ptr, g_ptr, w_ptr, rstd_ptr, dy_ptr, dg_ptr, dD_ptr, dw_ptr,
     rows, T, per_program, do_sb, do_st, do_sh, do_se, v_sb, v_st, v_sh, v_se, g_sb, g_st, g_sh, g_se,
@@ -119,7 +119,7 @@ def tail_backward_kernel(
     V_SHIFT: tl.constexpr, G_SHIFT: tl.constexpr, DY_SHIFT: tl.constexpr, DG_SHIFT: tl.constexpr,
     HAS_D: tl.constexpr, HAS_G: tl.constexpr, HAS_W: tl.constexpr,
     ACT: tl.constexpr, NORM: tl.constexpr, FAST: tl.constexpr,
-    BN: tl.constexpr, BV: tl.constexpr,
+    BN: tl.constexpr, BV: tl.constexpr, DO_UNIT: tl.constexpr, V_UNIT: tl.constexpr, G_UNIT: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     e = tl.arange(0, BV)
@@ -138,14 +138,14 @@ def tail_backward_kernel(
     for r in range(first, tl.minimum(first + per_program, rows)):
         b = r // T
         t = r - b * T
-        d = tl.load(do_ptr + b * do_sb + t * do_st + do_at, mask=in_tile, other=0.0).to(tl.float32)
+        d = tl.load(do_ptr + b * multiple(do_sb, DO_UNIT) + t * do_st + do_at, mask=in_tile, other=0.0).to(tl.float32)
         u = tl.load(y_ptr + r * (N * V) + at, mask=in_tile, other=0.0).to(tl.float32)
         if HAS_D:
-            v = tl.load(v_ptr + b * v_sb + t * v_st + v_at, mask=in_tile, other=0.0).to(tl.float32)
+            v = tl.load(v_ptr + b * multiple(v_sb, V_UNIT) + t * v_st + v_at, mask=in_tile, other=0.0).to(tl.float32)
             u += D * v
         h = u
         if HAS_G:
-            g = tl.load(g_ptr + b * g_sb + t * g_st + g_at, mask=in_tile, other=0.0).to(tl.float32)
+            g = tl.load(g_ptr + b * multiple(g_sb, G_UNIT) + t * g_st + g_at, mask=in_tile, other=0.0).to(tl.float32)
             a, slope = activation(g, ACT, FAST)
             h = u * a
         if NORM != "none":

@@ -63,11 +63,17 @@ def aligned(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def strides(x: Tensor) -> tuple[int, ...]:
-    """Strides with 0 for dimensions of size 1, whose stride means nothing but would count as unaligned."""
-    return tuple(
-        0 if n == 1 and i < x.dim() - 1 else s for i, (n, s) in enumerate(zip(x.shape, x.stride(), strict=True))
-    )
+def strides(x: Tensor, *, time: bool = False) -> tuple[int, ...]:
+    """Strides with 0 for dimensions of size 1, whose stride means nothing but would count as unaligned.
+
+    time: but for time's that of the batch, which holds one step then: a 0 would count as aligned where it is not at any
+    other T, and compile a kernel for T = 1.
+    """
+    found = [s if n > 1 else 0 for n, s in zip(x.shape, x.stride(), strict=True)]
+    found[-1] = x.stride(-1)
+    if time and x.shape[1] == 1:
+        found[1] = x.stride(0)
+    return tuple(found)
 
 
 def forward_gluon_kernel() -> Any:

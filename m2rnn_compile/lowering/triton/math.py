@@ -11,6 +11,16 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
+def multiple(x, UNIT: tl.constexpr):
+    """x, a multiple of UNIT: the compiler loads in vectors only from addresses that it knows to be aligned.
+
+    A launch could tell it (Triton looks at every number), but for strides that T decides on it would compile another
+    kernel whenever the answer changed. UNIT does not depend on T (`stride_unit`).
+    """
+    return (x // UNIT).to(tl.int64) * UNIT
+
+
+@triton.jit
 def tanh_by_series(x):
     """tanh to a few ulp of fp32 from what the interpreter has: 1 - 2e / (1 + e), e = exp(-2|x|), or its odd series."""
     a = tl.abs(x)

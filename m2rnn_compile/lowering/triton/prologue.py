@@ -13,9 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import INTERPRETED, _on_device
-from .config import next_power_of_2
+from .config import next_power_of_2, stride_unit
 from .decode import exponential, softplus
 from .fused_tail import logistic
+from .math import multiple
 
 CHANNELS = 128  # per program
 STEPS = 32
@@ -52,12 +53,12 @@ def gates(x_at, A_log_ptr, dt_bias_ptr, f_at, t, n, T, f_st, f_sn, NF: tl.conste
     tl.store(f_at + t[:, None] * NF + n[None, :], f, mask=ok)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "x_sb", "f_sb"])
 def prologue_kernel(
     x_ptr, w_ptr, y_ptr, x_f_ptr, A_log_ptr, dt_bias_ptr, f_ptr,
     T, x_sb, x_st, f_sb, f_st, f_sn,
     C: tl.constexpr, WIDTH: tl.constexpr, NF: tl.constexpr, FORGET: tl.constexpr, FAST: tl.constexpr,
-    STEPS: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr,
+    STEPS: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr, X_UNIT: tl.constexpr, F_UNIT: tl.constexpr,
 ):  # fmt: skip
     """To STEPS steps of a batch element, programs for a block of the C channels each, then one for the gates.
 
@@ -71,11 +72,12 @@ def prologue_kernel(
     b = (p // tl.cdiv(T, STEPS)).to(tl.int64)
     if block * BC < C:
         c = block * BC + tl.arange(0, BC)
-        convolve(x_ptr + b * x_sb, w_ptr, y_ptr + b * T * C, t, c, T, x_st, C, WIDTH, FAST, STEPS, BC)
+        convolve(x_ptr + b * multiple(x_sb, X_UNIT), w_ptr, y_ptr + b * T * C, t, c, T, x_st, C, WIDTH, FAST, STEPS, BC)
     else:
         n = tl.arange(0, BF)
         f_at = f_ptr + b * T * NF
-        gates(x_f_ptr + b * f_sb, A_log_ptr, dt_bias_ptr, f_at, t, n, T, f_st, f_sn, NF, FORGET)
+        x_f_at = x_f_ptr + b * multiple(f_sb, F_UNIT)
+        gates(x_f_at, A_log_ptr, dt_bias_ptr, f_at, t, n, T, f_st, f_sn, NF, FORGET)
 
 
 def before_scan(
@@ -106,6 +108,7 @@ def before_scan(
             f, f if A_log is None else A_log.contiguous(), f if dt_bias is None else dt_bias.contiguous(), factor,
             T, *xs, *f.stride(), C=C, WIDTH=width, NF=Nf, FORGET=forget,
             FAST=f.dtype != torch.float32 and not INTERPRETED,
-            STEPS=steps, BC=CHANNELS, BF=next_power_of_2(Nf), num_warps=warps,
+            STEPS=steps, BC=CHANNELS, BF=next_power_of_2(Nf),
+            X_UNIT=stride_unit(*xs), F_UNIT=stride_unit(f.stride(0), f.stride(1)), num_warps=warps,
         )  # fmt: skip
     return y, factor

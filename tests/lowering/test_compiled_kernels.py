@@ -25,9 +25,10 @@ from triton.compiler import ASTSource
 
 from m2rnn_compile.lowering.triton.backward import scan_backward_kernel
 from m2rnn_compile.lowering.triton.conv import conv_backward_kernel, conv_forward_kernel
+from m2rnn_compile.lowering.triton.decode import decode_config, decode_finish_kernel, decode_kernel
 from m2rnn_compile.lowering.triton.forward import scan_forward_kernel
 from m2rnn_compile.lowering.triton.fused_mixer import gate_backward_kernel
-from m2rnn_compile.lowering.triton.fused_tail import norm_kernel
+from m2rnn_compile.lowering.triton.fused_tail import norm_kernel, tail_backward_kernel, tail_forward_kernel
 from m2rnn_compile.lowering.triton.gluon import (
     _import_error,
     backward_gluon_kernel,
@@ -37,6 +38,7 @@ from m2rnn_compile.lowering.triton.gluon import (
     forward_wide_kernel,
 )
 from m2rnn_compile.lowering.triton.prologue import prologue_kernel
+from m2rnn_compile.lowering.triton.reduce import reduce_four_kernel, reduce_kernel
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 needs_tools = pytest.mark.skipif(not (BIN / "cuobjdump").exists(), reason="this Triton has no NVIDIA tools with it")
@@ -45,14 +47,18 @@ needs_tools = pytest.mark.skipif(not (BIN / "cuobjdump").exists(), reason="this 
 A = dict(N=84, K=64, V=16, Gq=84, Gk=84, Gv=1, Gf=1, Gw=1, BV=16, PACKED=False)
 D = dict(N=16, K=64, V=64, Gq=16, Gk=16, Gv=1, Gf=1, Gw=1, BV=64, PACKED=False)
 FORWARD = dict(HAS_H0=False, SAVE=True)
+STEP = dict(HAS_H0=True, SAVE=False)
 BACKWARD = dict(HAS_DY=True, CLIP=1, PLANNED=False)
 WINDOWS = dict(PACKED=True, PLANNED=True)  # of packed sequences
 LOW = {"q", "k", "v", "W", "dy"}
+LOW_AROUND = {"x", "w", "y", "dy", "dx", "x_f", "part", "v", "g", "o", "do", "dg", "a", "b", "c", "D", "W"}
+LOW_AROUND |= {"qkv", "conv_weight", "conv_state", "norm_weight"}
 GLUON_LOW = LOW | {"ckpt", "scratch", "dq", "dk", "dv", "g", "o"}
 STRIDE_ONE = {"q_sk", "k_sk", "v_sv", "dy_sv", "f_sn", "g_sv"}
+STRIDE_ONE |= {"x_sn", "x_f_sn", "qkv_sc", "g_sc", "do_se", "v_se", "g_se"}
 UNALIGNED = {"f_st", "f_sb"}  # with those that a kernel says not to specialise
-FLOATS = {"clip", "eps"}
-INT32 = {"cu_ptr", "walks_ptr", "flags_ptr"}
+FLOATS = {"clip", "eps", "norm_eps"}
+INTEGERS = {"cu_ptr": "*i32", "walks_ptr": "*i32", "flags_ptr": "*i32", "indices_ptr": "*i32", "places_ptr": "*i64"}
 
 
 class Resources(NamedTuple):
@@ -74,18 +80,23 @@ class Resources(NamedTuple):
 
 
 def compile_kernel(
-    kernel: Any, constants: dict[str, Any], capability: int, warps: int, registers: int | None
-) -> Resources:
-    """Compile for bf16 inputs as the launcher would: innermost strides 1, pointers and strides aligned to 16."""
+    kernel: Any, constants: dict[str, Any], capability: int, warps: int, registers: int | None,
+    low: set[str] | None = None,
+) -> Resources:  # fmt: skip
+    """Compile for bf16 inputs as the launcher would: innermost strides 1, pointers and strides aligned to 16.
+
+    low: which pointers are to 16 bits.
+    """
     gluon = "gluon" in type(kernel).__module__
+    low = low or (GLUON_LOW if gluon else LOW)
     constants = {**constants, **{name: 1 for name in kernel.arg_names if name in STRIDE_ONE}}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            low = name[:-4] in (GLUON_LOW if gluon else LOW)
-            signature[name] = "*i32" if name in INT32 else "*bf16" if low else "*fp32"
+        elif name.endswith("_ptr") or name[1:] in ("_out", "_scale", "_plus"):
+            pointer = "*bf16" if name[:-4] in low else "*fp32"
+            signature[name] = INTEGERS.get(name, pointer)
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
@@ -138,6 +149,8 @@ def gluon_kernels(capability: int) -> dict[str, Resources]:
         "forward B": (forward, dict(A32, BK=64, **FORWARD, SHARED=False), 2, None),
         "forward C": (forward, dict(A32, BK=32, **FORWARD, SHARED=False), 2, None),
         "forward D": (forward, dict(D32, BK=64, **FORWARD, SHARED=False), 4, None),
+        "step A": (forward, dict(A32, BK=32, **STEP, SHARED=False), 2, None),
+        "step D": (forward, dict(D32, BK=64, **STEP, SHARED=False), 4, None),
         "backward A": (backward, dict(A32, BK=32, **BACKWARD, SHARED=True), 1, None),
         "backward B": (backward, dict(A32, BK=32, **BACKWARD, SHARED=False), 1, None),
         "backward C": (backward, dict(A32, BK=16, **BACKWARD, SHARED=False), 1, None),
@@ -145,6 +158,7 @@ def gluon_kernels(capability: int) -> dict[str, Resources]:
     }
     if capability == 90:
         plans["forward D"] = (forward_wide_kernel(), dict(D32, BK=64, **FORWARD), 4, None)
+        plans["step D"] = (forward_wide_kernel(), dict(D32, BK=64, **STEP), 4, None)
         plans["backward D"] = (backward_wide_kernel(), dict(D32, BK=64, **BACKWARD), 4, None)
         plans["packed D"] = (backward_wide_kernel(), dict(D32, BK=64, **{**BACKWARD, **WINDOWS}), 4, None)
     return {name: compile_kernel(k, c, capability, warps, most) for name, (k, c, warps, most) in plans.items()}
@@ -167,24 +181,48 @@ def portable_kernels(capability: int) -> dict[str, Resources]:
     backward = dict(A, BK=16, **{**BACKWARD, "CLIP": True}, SLOTS=1, **numerics)
     return {
         "forward": compile_kernel(scan_forward_kernel, forward, capability, 1, None),
+        "step": compile_kernel(scan_forward_kernel, {**forward, **STEP}, capability, 1, None),
         "backward": compile_kernel(scan_backward_kernel, backward, capability, 1, None),
         "backward packed": compile_kernel(scan_backward_kernel, {**backward, **WINDOWS}, capability, 1, None),
     }
 
 
 def kernels_around(capability: int) -> dict[str, Resources]:
-    """Around the scan: of inference the convolution of q | k and gates, norm; of training convolution and gates."""
+    """Around the scan: of inference prologue, norm and decoding step; of training convolution, gates, tail, sums."""
     conv = dict(C=1472, WIDTH=4, PACKED=False, FAST=True, BC=128, X_UNIT=16)
     before = dict(C=128, WIDTH=4, NF=84, FORGET="decay", FAST=True, STEPS=32, BC=128, BF=128, X_UNIT=16, F_UNIT=1)
     norm = dict(F=1344, HAS_W=True, BF=2048, ROWS=2)
-    gate = dict(N=84, FORGET="decay", BR=8, BN=128, x_sn=1, X_UNIT=16)
-    return {
-        "prologue": compile_kernel(prologue_kernel, before, capability, 4, None),
-        "norm": compile_kernel(norm_kernel, norm, capability, 4, None),
-        "conv": compile_kernel(conv_forward_kernel, dict(conv, STEPS=64), capability, 1, None),
-        "conv backward": compile_kernel(conv_backward_kernel, dict(conv, STEPS=128, DX_UNIT=16), capability, 1, None),
-        "gate backward": compile_kernel(gate_backward_kernel, gate, capability, 4, None),
+    gate = dict(N=84, FORGET="decay", BR=8, BN=128, X_UNIT=16)
+    tail = dict(N=84, V=16, Gv=1, Gg=1, V_SHIFT=0, G_SHIFT=0, HAS_D=True, HAS_G=True, HAS_W=True, ACT="silu",
+                NORM="all", FAST=True, BN=128, BV=16, V_UNIT=16, G_UNIT=16)  # fmt: skip
+    forth = dict(tail, BLOCKS=2, SAVE_Y=True, SAVE_RSTD=True, ROWS=2)
+    back = dict(tail, DY_SHIFT=0, DG_SHIFT=0, DO_UNIT=16)
+    heads = dict(Nq=1, Nk=1, Nv=84, Nf=84, Ng=84, Nw=84)
+    config = decode_config(64, 16, 2)
+    decode = dict(N=84, K=64, V=16, C=1472, WIDTH=4, **heads, BK=config.rows, BV=16, INDEXED=True, DOT=tl.bfloat16,
+                  HARDWARE=True)  # fmt: skip
+    finish = dict(F=1344, C=1472, WIDTH=4, BF=2048, BC=1024, BW=4, INDEXED=True)
+    # Blocks of rows, heads that share the result's, elements of each; rows, heads and elements of a tile; no columns
+    # beside them, nothing more to add, no places.
+    y, dq = (2, 1, 16, 256, 1, 16, 0, 0, 0, 0), (1, 84, 64, 1, 32, 64, 0, 0, 0, 0)
+    dv, df = (2, 1, 16, 64, 1, 16, 0, 0, 0, 0), (2, 1, 1, 1024, 1, 1, 0, 0, 0, 0)
+    four = dict(A=dq, B=dq, C=dv, D=df)
+    plans = {
+        "prologue": (prologue_kernel, before, 4, None),
+        "norm": (norm_kernel, norm, 4, None),
+        "conv": (conv_forward_kernel, dict(conv, STEPS=64), 1, None),
+        "conv backward": (conv_backward_kernel, dict(conv, STEPS=128, DX_UNIT=16), 1, None),
+        "gate backward": (gate_backward_kernel, gate, 4, None),
+        "tail": (tail_forward_kernel, forth, 2, None),
+        "tail backward": (tail_backward_kernel, back, 8, 128),
+        "decode": (decode_kernel, decode, config.warps, None),
+        "decode finish": (decode_finish_kernel, finish, 4, None),
+        "sum": (reduce_kernel, dict(A=y), 4, None),
+        "four sums": (reduce_four_kernel, four, 1, None),
+        "sums, placed": (reduce_four_kernel, {name: (*x[:9], 1) for name, x in four.items()}, 1, None),
     }
+    compiled = lambda kernel, *plan: compile_kernel(kernel, plan[0], capability, *plan[1:], LOW_AROUND)
+    return {name: compiled(*plan) for name, plan in plans.items()}
 
 
 @needs_tools
@@ -195,6 +233,7 @@ class CompiledKernels(TestCase):
     def test_portable_sm80(self) -> None:
         self.check(portable_kernels(80), """\
 forward          | registers <= 88 | stack <= 128 | shared <= 1024
+step             | registers <= 72 | stack <= 128 | shared <= 1024
 backward         | registers <= 255 | stack <= 128 | shared <= 4096
 backward packed  | registers <= 255 | stack <= 256 | shared <= 4096
 """)
@@ -205,6 +244,8 @@ forward A        | registers <= 255 | stack <= 128 | shared <= 27648
 forward B        | registers <= 136 | stack <= 128 | shared <= 27648
 forward C        | registers <= 104 | stack <= 128 | shared <= 19456
 forward D        | registers <= 255 | stack <= 256 | shared <= 91136
+step A           | registers <= 104 | stack <= 128 | shared <= 19456
+step D           | registers <= 255 | stack <= 256 | shared <= 91136
 backward A       | registers <= 255 | stack <= 128 | shared <= 26624
 backward B       | registers <= 255 | stack <= 128 | shared <= 26624
 backward C       | registers <= 176 | stack <= 128 | shared <= 15360
@@ -223,18 +264,64 @@ conv, tail       | registers <= 255 | stack <= 128 | shared <= 37888
 tail             | registers <= 152 | stack <= 128 | shared <= 29696
 """)
 
+    def test_fused_sm100(self) -> None:
+        self.check(fused_kernels(100), """\
+conv, tail       | registers <= 152 | stack <= 128 | shared <= 37888
+tail             | registers <= 144 | stack <= 128 | shared <= 29696
+""")
+
+    def test_around_sm80(self) -> None:
+        self.check(kernels_around(80), """\
+prologue         | registers <= 112 | stack <= 128 | shared <= 4096
+norm             | registers <= 56 | stack <= 128 | shared <= 1024
+conv             | registers <= 72 | stack <= 128 | shared <= 0
+conv backward    | registers <= 104 | stack <= 128 | shared <= 0
+gate backward    | registers <= 104 | stack <= 128 | shared <= 1024
+tail             | registers <= 136 | stack <= 128 | shared <= 1024
+tail backward    | registers <= 128 | stack <= 128 | shared <= 8192
+decode           | registers <= 72 | stack <= 128 | shared <= 3072
+decode finish    | registers <= 40 | stack <= 128 | shared <= 1024
+sum              | registers <= 128 | stack <= 128 | shared <= 4096
+four sums        | registers <= 216 | stack <= 128 | shared <= 1024
+sums, placed     | registers <= 255 | stack <= 128 | shared <= 1024
+""")
+
+    def test_around_sm100(self) -> None:
+        self.check(kernels_around(100), """\
+prologue         | registers <= 144 | stack <= 128 | shared <= 4096
+norm             | registers <= 56 | stack <= 128 | shared <= 1024
+conv             | registers <= 72 | stack <= 128 | shared <= 0
+conv backward    | registers <= 136 | stack <= 128 | shared <= 0
+gate backward    | registers <= 120 | stack <= 128 | shared <= 1024
+tail             | registers <= 136 | stack <= 128 | shared <= 1024
+tail backward    | registers <= 128 | stack <= 128 | shared <= 8192
+decode           | registers <= 72 | stack <= 128 | shared <= 3072
+decode finish    | registers <= 40 | stack <= 128 | shared <= 1024
+sum              | registers <= 120 | stack <= 128 | shared <= 4096
+four sums        | registers <= 255 | stack <= 128 | shared <= 1024
+sums, placed     | registers <= 255 | stack <= 128 | shared <= 1024
+""")
+
     def test_around_sm90(self) -> None:
         self.check(kernels_around(90), """\
-prologue         | registers <= 176 | stack <= 128 | shared <= 1024
-norm             | registers <= 48 | stack <= 128 | shared <= 1024
+prologue         | registers <= 136 | stack <= 128 | shared <= 4096
+norm             | registers <= 64 | stack <= 128 | shared <= 1024
 conv             | registers <= 72 | stack <= 128 | shared <= 0
 conv backward    | registers <= 104 | stack <= 128 | shared <= 0
 gate backward    | registers <= 112 | stack <= 128 | shared <= 2048
+tail             | registers <= 136 | stack <= 128 | shared <= 1024
+tail backward    | registers <= 128 | stack <= 128 | shared <= 8192
+decode           | registers <= 64 | stack <= 128 | shared <= 3072
+decode finish    | registers <= 40 | stack <= 128 | shared <= 1024
+sum              | registers <= 120 | stack <= 128 | shared <= 4096
+four sums        | registers <= 255 | stack <= 128 | shared <= 1024
+sums, placed     | registers <= 255 | stack <= 128 | shared <= 1024
 """)
 
     def test_portable_sm90(self) -> None:
         self.check(portable_kernels(90), """\
 forward          | registers <= 88 | stack <= 128 | shared <= 1024
+step             | registers <= 72 | stack <= 128 | shared <= 1024
 backward         | registers <= 255 | stack <= 128 | shared <= 4096
 backward packed  | registers <= 255 | stack <= 128 | shared <= 4096
 """)
@@ -245,6 +332,8 @@ forward A        | registers <= 255 | stack <= 128 | shared <= 27648
 forward B        | registers <= 152 | stack <= 128 | shared <= 27648
 forward C        | registers <= 104 | stack <= 128 | shared <= 19456
 forward D        | registers <= 255 | stack <= 128 | shared <= 160768
+step A           | registers <= 112 | stack <= 128 | shared <= 19456
+step D           | registers <= 255 | stack <= 128 | shared <= 160768
 backward A       | registers <= 255 | stack <= 256 | shared <= 26624
 backward B       | registers <= 255 | stack <= 128 | shared <= 26624
 backward C       | registers <= 248 | stack <= 128 | shared <= 15360
@@ -256,6 +345,7 @@ packed D         | registers <= 255 | stack <= 256 | shared <= 232448
     def test_portable_sm100(self) -> None:
         self.check(portable_kernels(100), """\
 forward          | registers <= 96 | stack <= 128 | shared <= 1024
+step             | registers <= 72 | stack <= 128 | shared <= 1024
 backward         | registers <= 224 | stack <= 128 | shared <= 4096
 backward packed  | registers <= 248 | stack <= 128 | shared <= 4096
 """)
@@ -266,6 +356,8 @@ forward A        | registers <= 176 | stack <= 128 | shared <= 27648
 forward B        | registers <= 144 | stack <= 128 | shared <= 27648
 forward C        | registers <= 112 | stack <= 128 | shared <= 19456
 forward D        | registers <= 255 | stack <= 128 | shared <= 91136
+step A           | registers <= 104 | stack <= 128 | shared <= 19456
+step D           | registers <= 255 | stack <= 256 | shared <= 91136
 backward A       | registers <= 255 | stack <= 128 | shared <= 26624
 backward B       | registers <= 255 | stack <= 128 | shared <= 26624
 backward C       | registers <= 152 | stack <= 128 | shared <= 15360

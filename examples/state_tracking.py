@@ -35,7 +35,6 @@ TRAIN_LENGTH, TEST_LENGTH = 128, 4096
 LENGTHS = sorted({2**i for i in range(13)} | set(range(64, TEST_LENGTH + 1, 64)))
 ENOUGH = 0.7  # share of right training words at which training goes on to the next stage
 POLISHING = ((32, 0.4), (64, 0.7), (TRAIN_LENGTH, 1.0))  # length of words, up to which share of the steps
-SURE = 0.8  # share of right segments above which a carried state bears more noise
 CHECK = 25  # steps between looks at the training accuracy; also how many batches are drawn at once
 
 # -- the tasks ---------------------------------------------------------------------------------------------------------
@@ -158,6 +157,7 @@ class Carry(NamedTuple):
     floor: float = 0.0  # at least so much later
     most: float = 0.15  # at most so much later
     relabel: bool = True  # a wrong word goes on from the product the model said; else it ends and a new one begins
+    sure: float = 0.8  # share of right segments above which a carried state bears more noise
     every: tuple[int, int] = (2, 4)  # elements between noise and noise: while the rule is learned, and later
     at_once: bool = True  # learn from words of 16 over all elements at once
     enough: float = 0.9  # share of right training words at which carrying begins
@@ -266,6 +266,8 @@ MODELS |= {
     "tracking, polished": m2rnn_spec(tracking(), carry=None),
     "tracking, no noise": m2rnn_spec(tracking(), carry=dict(noise=0.0)),
     "tracking, noise to 0.15": m2rnn_spec(tracking(), carry=dict(most=0.15)),
+    "tracking, noise to 0.5": m2rnn_spec(tracking(), carry=dict(most=0.5, sure=0.7)),
+    "tracking, 12 heads": m2rnn_spec(tracking(num_heads=12)),
     "tracking, exact tanh": m2rnn_spec(tracking(), hardware_tanh=False),
     "tracking, fp32": m2rnn_spec(tracking(), bf16=False),
     "tracking, fp32, approximate tanh": m2rnn_spec(tracking(), bf16=False, hardware_tanh=True),
@@ -530,7 +532,7 @@ class Carried(Training):
     end at different steps. After a wrong product, either the next targets start from the product that the model said
     (`Carry.relabel`: the state is to hold what is said, whatever it was), or the rest of the segment has no loss and
     the word ends with it. Where the rule was learned with noise on H, it goes on with as much as still leaves a share
-    SURE of the segments right.
+    `Carry.sure` of the segments right.
 
     It goes on with the optimizer that the rule was learned with, at once: with a new one and a warm-up S3 took many
     more steps. Where each row stands is on the device, and written in place within the step: a CUDA graph holds it too.
@@ -580,7 +582,7 @@ class Carried(Training):
         self.left.masked_fill_(self.fresh, self.segments)
         self.at.copy_(said.masked_fill(self.fresh, 0))  # element 0 moves nothing
         if self.carry.noise:
-            sure = torch.sign(right.all(1).float().mean() - SURE)
+            sure = torch.sign(right.all(1).float().mean() - self.carry.sure)
             self.noise.mul_(torch.exp(0.01 * sure)).clamp_(self.carry.floor, self.carry.most)
 
 
@@ -734,6 +736,8 @@ def plan(preset: str, steps: float) -> Iterator[tuple[str, str, Setting, int]]:
     )
     for task, setting in (("S5", long), ("S3", short)):
         yield task, RECOMMENDED, setting, 3
+    for model in ("tracking, noise to 0.5", "tracking, 12 heads"):
+        yield "S5", model, long, 3
     for model in ("tracking, 4 heads", "tracking, noise to 0.15", "tracking, no noise", "tracking, polished"):
         yield "S5", model, long, 1
     for task in ("S3", "S5"):

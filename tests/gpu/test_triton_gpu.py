@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -169,6 +170,32 @@ def test_windows_of_time_do_not_change_a_bit(dtype: torch.dtype, V: int) -> None
     x = inputs(2, 300, 4, 64, V, dtype=dtype, initial_state=True)
     whole, parts = scan_and_backward(x, window_bytes=2**40), scan_and_backward(x, window_bytes=1)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+@pytest.mark.parametrize("window_bytes", [1, 2**18])
+@pytest.mark.parametrize(("dtype", "V"), [(BF16, 16), (FP32, 16), (BF16, 64), (FP32, 64)])
+def test_windows_of_packed_sequences_do_not_change_a_bit(dtype: torch.dtype, V: int, window_bytes: int) -> None:
+    """One chunk of one sequence at a time, or several of all of them."""
+    x = inputs(1, 620, 4, 64, V, dtype=dtype, seqlens=[65, 0, 100, 1, 134, 320], initial_state=True)
+    whole, parts = scan_and_backward(x, window_bytes=2**40), scan_and_backward(x, window_bytes=window_bytes)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def test_a_cuda_graph_of_packed_windows_follows_the_lengths_it_is_given() -> None:
+    """The plan of the windows is made on the device: a replay with other lengths walks other sequences."""
+    x, other = (
+        inputs(1, 300, 4, 64, 16, dtype=BF16, seqlens=lengths, initial_state=True)
+        for lengths in ([65, 0, 100, 135], [10, 200, 0, 90])
+    )
+    want = scan_and_backward(dataclasses.replace(x, cu_seqlens=other.cu_seqlens), window_bytes=1)
+    scan_and_backward(x, window_bytes=1)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = scan_and_backward(x, window_bytes=1)
+    x.cu_seqlens.copy_(other.cu_seqlens)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, want, strict=True))
 
 
 @pytest.mark.parametrize("programs", [1, 3, 7, 8, 13])

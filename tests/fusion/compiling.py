@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import aot_eager
 
 from m2rnn_compile import enable_fusion
@@ -45,7 +47,9 @@ def inference_ops(conv: bool) -> list[str]:
 class Rewriting:
     """A backend. Inductor's own way through the hook takes seconds a graph; this one takes none."""
 
-    def __init__(self) -> None:
+    def __init__(self, **aot_options: Any) -> None:
+        self.aot_options = aot_options
+        self.bw_compiler: Any = None  # of AOTAutograd: what is to be done with a graph of a backward
         self.records: list[FusionRecord] = []
         self.graphs: list[tuple[str, str]] = []  # before and after, as code
         self.ops: list[list[str]] = []  # of this library, in each rewritten graph and the graphs inside of it
@@ -63,7 +67,10 @@ class Rewriting:
                 ops += re.findall(r"torch\.ops\.m2rnn\.(\w+)", module.code)
         self.ops.append(ops)
         self.graphs.append((before, gm.code.strip()))
-        return aot_eager(gm, example_inputs)
+        if self.bw_compiler is None:
+            return aot_eager(gm, example_inputs)
+        compilers = dict(fw_compiler=lambda gm, _: make_boxed_func(gm), bw_compiler=self.bw_compiler)
+        return aot_autograd(**compilers, **self.aot_options)(gm, example_inputs)
 
     def parts(self) -> list[str]:
         (record,) = self.records

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.library import opcheck
 
 pytest.importorskip("triton")
 
@@ -18,7 +19,7 @@ from m2rnn_compile.ops import fused as op
 from m2rnn_compile.testing import assert_accurate, low_precision_eager
 from tests.fusion.composed import run
 from tests.fusion.interpreted_fused import _on_cpu_tensors  # noqa: F401  (a fixture: used by being here)
-from tests.fusion.mixing import ORDERS, composed_mixer, make_mixer, mixer
+from tests.fusion.mixing import ORDERS, arguments, composed_mixer, make_mixer, mixer
 
 # Where kernels take other ways: rows in one block or two, v at an odd offset, no convolution, packed sequences.
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -69,6 +70,16 @@ def test_a_gradient_of_the_state_alone() -> None:
         grads.append([torch.zeros_like(t) if d is None else d for t, d in zip(leaves.values(), found, strict=True)])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_results_share_no_memory() -> None:
+    x = make_mixer("layer", N=3, K=40, V=16, T=17)
+    args = arguments(**{n: t.detach() for n, t in x.tensors.items()}, **x.options, impl="triton")
+    _, _, *kept = torch.ops.m2rnn.fused_mixer(*args)
+    _, _, forget, activation, norm, _, _, chunk, impl = args[10:]
+    given = (*args[:11], *kept, args[11], forget, activation, norm, chunk, impl)
+    opcheck(torch.ops.m2rnn.fused_mixer.default, args)
+    opcheck(torch.ops.m2rnn.fused_mixer_backward.default, (x.do, x.dfinal_state, *given))
 
 
 @pytest.mark.parametrize("T", [0, 1])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
 
-from m2rnn_compile import enable_fusion, m2rnn
+from m2rnn_compile import M2RNN, enable_fusion, m2rnn
 from m2rnn_compile.lowering.inductor.rewrite import fuse
 from m2rnn_compile.ops import fusion_switch
 from tests.fusion.compiling import ON_CPU, Rewriting, fusion_on_cpu
@@ -289,6 +289,33 @@ class Lengths(torch.nn.Module):
         g = t["g"] * 1
         g.mul_(2)
         return scan(t).view(B, length, N * V) * F.silu(g.view(B, length, N * V))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("parameter", ["decay_gate.A_log", "decay_gate.dt_bias", "conv1d.weight", "g_norm.weight"])
+def test_a_parameter_written_behind_the_layer(parameter: str, dtype: torch.dtype) -> None:
+    """Plain code keeps what it computed of the parameter; the op would keep the parameter itself."""
+    layer = M2RNN(24, num_heads=4, key_dim=8, value_dim=4, dtype=dtype)
+    written = layer.get_parameter(parameter)
+    x = torch.randn(2, 9, 24, dtype=dtype)
+
+    def fn(x: Tensor) -> Tensor:
+        o = layer(x)
+        with torch.no_grad():
+            written.clamp_(max=10.0)
+        return o
+
+    try:
+        expected = torch.autograd.grad(fn(x).float().square().sum(), list(layer.parameters()))
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)  # noqa: PT017 - then there is nothing to agree with
+        return
+    got = torch.autograd.grad(
+        torch.compile(fn, backend=Rewriting(), fullgraph=True)(x).float().square().sum(), list(layer.parameters())
+    )
+    limit = 1e-4 if dtype == torch.float32 else 0.1
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).float().norm() <= limit * b.float().norm() + 1e-6
 
 
 def test_a_size_that_was_read_in_front_of_a_write_is_no_obstacle() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -234,6 +235,22 @@ def test_a_width_that_is_padded(
     after = backend.graphs[0][1]
     assert "functional.pad(l_model_modules_projection_parameters_weight_, (0, 0, 0, 7))" in after
     assert after.count("functional.pad(") == 1 + bias
+
+
+def test_a_width_that_is_a_symbol_stays(fusion_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are inputs of a dynamic graph."""
+    monkeypatch.setattr(pad_projection, "wants_padding", lambda x: x.shape[-1] % 8 != 0)
+    model, backend = Plain(slices, None, True), Rewriting()
+    model.projection = nn.Linear(D, QKV + N + G + EXTRA, bias=False)
+    fn = lambda x, w: torch.func.functional_call(model, {"projection.weight": w}, (x,))[0]
+    x, w = torch.randn(2, 11, D), torch.randn(QKV + N + G + EXTRA, D, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = torch.compile(fn, backend=backend, dynamic=True)(x, w)
+    torch.testing.assert_close(got, fn(x, w), atol=1e-5, rtol=1e-5)
+    assert "fused_mixer" in backend.ops[0]
+    assert all("functional.pad(" not in after for _, after in backend.graphs)
+    assert not any("failed" in why for record in backend.records for why in record.left)
 
 
 def test_a_width_of_whole_lines_stays(fusion_on_cpu: None) -> None:

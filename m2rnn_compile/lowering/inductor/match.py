@@ -96,7 +96,10 @@ class Match:
         assert self.last is not None
         if obstacles.depends_on(self.extra_inputs(), self.scan):
             return "what it would take in depends on the scan's own result"
-        reason = obstacles.obstacle(self.absorbed(), self.last)
+        absorbed = self.absorbed()
+        reason = obstacles.obstacle(absorbed, self.last) or obstacles.watched(absorbed - {self.last})
+        if reason is None and obstacles.needs_gradient(self.last):
+            reason = obstacles.written_later(self.extra_inputs(), self.last)
         if reason is None and scan_arguments(self.scan).chunk == 0 and obstacles.needs_gradient(self.last):
             reason = "the scan keeps nothing for a backward (its own inputs need no gradient), and this needs one"
         return reason

@@ -16,7 +16,7 @@ from typing import Any
 from torch.fx import Node
 
 from .nodes import arguments, label, name, operands, shape_of, uncast, unlike, value
-from .obstacles import computes, obstacle
+from .obstacles import computes, obstacle, watched
 
 ALL = slice(None, None, None)
 
@@ -142,5 +142,6 @@ def match_conv(last: Any) -> Conv | str:
         if why is not None:
             return f"the convolution's {title} {why}"
     inputs = [n for n in (a.x, a.weight, a.position) if n is not None]
-    why = obstacle(computes(last, inputs), last)
+    own = computes(last, inputs)
+    why = obstacle(own, last) or watched(own - {last})
     return f"the convolution: {why}" if why is not None else Conv(a.x, a.weight, a.position, last)

@@ -112,7 +112,7 @@ def match_projection(m: Match, conv: Conv | None) -> Projection | str:
             return f"other columns of `{x.name}` are used too"
     if any(user not in readers for user in users(x)):
         return f"`{x.name}` has other uses"
-    reason = obstacles.obstacle(_from(x, m, conv), m.last) or obstacles.written_later(x, m.last)
+    reason = obstacles.obstacle(_from(x, m, conv), m.last) or obstacles.written_later([x], m.last)
     return Projection(x, sizes) if reason is None else reason
 
 

@@ -117,16 +117,32 @@ def obstacle(nodes: Collection[Node], last: Node) -> str | None:
     return None
 
 
-def written_later(x: Node, last: Node) -> str | None:
-    """What writes into the memory of x behind `last`, or None: an op that keeps x for its backward must not be there.
+def written_later(kept: Collection[Node], last: Node) -> str | None:
+    """What writes into the memory of one of `kept` behind `last`, or None: an op that keeps them for its backward must
+    not be there.
 
-    Plain code may keep a copy instead, as the convolution does that pads. Views share their storage in the fakes too.
+    Plain code may keep a copy or a result instead, as the convolution does that pads, and exp. Views share their
+    storage in the fakes too. Behind a backward inside of the graph nothing is kept any more: optimizers may write.
     """
     behind = False
     for n in last.graph.nodes:
-        if behind and writes(n) is not None and any(_shares_storage(x, of) for of in n.all_input_nodes):
+        if behind and n.target is torch.autograd.grad:
+            return None
+        if behind and writes(n) is not None and any(_shares_storage(x, of) for of in n.all_input_nodes for x in kept):
             return f"`{writes(n)}` writes in place into what the op keeps for its backward"
         behind = behind or n is last
+    return None
+
+
+def watched(nodes: Collection[Node]) -> str | None:
+    """Which of the nodes has a hook on its gradient, or a gradient taken inside of the graph; or None.
+
+    An op in their place has no such gradient: the hook would see what other users of the node send back, or nothing.
+    """
+    for n in nodes:
+        for user in n.users:
+            if user.target is torch.autograd.grad or "register_hook" in label(user):
+                return f"a gradient of `{n.name}` is asked for (`{label(user)}`), which the op would not have"
     return None
 
 

@@ -29,9 +29,9 @@ def pad_projection(graph: Graph, x: Node) -> None:
     """The same product with zeros in further columns, where x is a product that one op reads and padding pays."""
     given: dict[Any, Any] = arguments(x) if name(x) == "linear" else {}
     weight, bias = given.get("weight"), given.get("bias")
-    if not isinstance(weight, Node) or len(users(x)) != 1 or not wants_padding(value(x)):
-        return
     fake = value(x)
+    if not isinstance(weight, Node) or len(users(x)) != 1 or type(fake.shape[-1]) is not int or not wants_padding(fake):
+        return  # a width that is a symbol (weights are inputs of a dynamic graph) is left alone
     extra = -fake.shape[-1] % MULTIPLE
     with graph.inserting_before(x):
         padded = _pad(graph, weight, (0, 0, 0, extra))

@@ -91,7 +91,7 @@ def _fuse_one(graph: Graph, scan: Node, settings: FusionSettings) -> FusionRecor
     training = scan_arguments(scan).chunk != 0
     conv: Conv | str = match_conv(m.qkv) if m.qkv is not None and settings.conv else ""
     if isinstance(conv, Conv):
-        conv = _conv_why_not(conv) or (written_later(conv.x, conv.last) if training else None) or conv
+        conv = _conv_why_not(conv) or (written_later([conv.x, conv.weight], conv.last) if training else None) or conv
     found = conv if isinstance(conv, Conv) else None
     # One op can do all of it: without a backward, or where all that it reads is columns of one tensor.
     whole = settings.conv and m.qkv is not None

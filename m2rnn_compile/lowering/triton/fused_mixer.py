@@ -96,7 +96,7 @@ def gate_backward(
     if forget != "decay":
         return None, None
     dA_log, ddt_bias = sums.sum(0).unbind(0)
-    return dA_log, ddt_bias
+    return dA_log.clone(), ddt_bias.clone()  # an op's results share no memory
 
 
 def _room_for_dy(d_raw: Tensor, y: Tensor, conv_weight: Tensor | None) -> Tensor | None:

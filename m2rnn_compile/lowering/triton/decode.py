@@ -85,13 +85,23 @@ def exponential(x):
 @triton.jit
 def softplus(x):
     """log(1 + exp(x)) without losing the small side: at dt = 1e-3 a rounded 1 + exp(x) would cost four digits."""
+    return tl.maximum(x, 0.0) + log1p_of(exponential(-tl.abs(x)))
+
+
+@triton.jit
+def softplus_and_slope(x):
+    """softplus and its derivative, 1 / (1 + exp(-x))."""
     u = exponential(-tl.abs(x))
+    return tl.maximum(x, 0.0) + log1p_of(u), tl.div_rn(tl.where(x < 0.0, u, 1.0), 1.0 + u)
+
+
+@triton.jit
+def log1p_of(u):
     if INTERPRETED:
         w = 1.0 + u
-        log1p = tl.where(w == 1.0, u, tl.log(w) * (u / tl.where(w == 1.0, 1.0, w - 1.0)))
+        return tl.where(w == 1.0, u, tl.log(w) * (u / tl.where(w == 1.0, 1.0, w - 1.0)))
     else:
-        log1p = libdevice.log1p(u)
-    return tl.maximum(x, 0.0) + log1p
+        return libdevice.log1p(u)
 
 
 @triton.jit

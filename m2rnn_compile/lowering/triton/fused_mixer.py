@@ -20,7 +20,7 @@ from ...ops.fused_mixer import BackwardArguments, parts, unused
 from ...ops.reference import sum_shared_heads
 from . import _multiprocessors, _on_device, conv, fused, scan_backward
 from .config import next_power_of_2, stride_unit
-from .decode import exponential, softplus
+from .decode import exponential, softplus_and_slope
 from .math import multiple
 from .reduce import pitch
 
@@ -42,33 +42,34 @@ def gate_backward_kernel(
     if FORGET == "decay":
         a = exponential(tl.load(A_log_ptr + n, mask=n < N, other=0.0).to(tl.float32))[None, :]
         bias = tl.load(dt_bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    dA_log = tl.zeros((BN,), tl.float32)
-    dbias = tl.zeros((BN,), tl.float32)
-    first = tl.program_id(0).to(tl.int64) * per_program
+    dA_log = tl.zeros((BR, BN), tl.float32)  # added up over rows once, in the end
+    dbias = tl.zeros((BR, BN), tl.float32)
+    first = tl.program_id(0) * per_program  # 32 bits where rows are counted in them: a division by T in 64 is a call
     last = tl.minimum(first + per_program, rows)
     for start in range(first, last, BR):
-        r = start + tl.arange(0, BR)
-        b = r // T
-        t = r - b * T
-        mask = (r < last)[:, None] & (n < N)[None, :]
+        row = start + tl.arange(0, BR)
+        b = (row // T).to(tl.int64)
+        t = (row % T).to(tl.int64)
+        r = row.to(tl.int64)
+        mask = (row < last)[:, None] & (n < N)[None, :]
         x_at = (b * multiple(x_sb, X_UNIT) + t * x_st)[:, None] + (n * x_sn)[None, :]
         df = tl.load(df_ptr + (r * N)[:, None] + n[None, :], mask=mask, other=0.0)
         x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
         if FORGET == "decay":
             z = x + bias
-            s = softplus(z)
+            s, slope = softplus_and_slope(z)
             common = -df * exponential(-a * s) * a
-            dz = common * tl.div_rn(1.0, 1.0 + exponential(-z))
-            dA_log += tl.sum(common * s, 0)
-            dbias += tl.sum(dz, 0)
+            dz = common * slope
+            dA_log += common * s
+            dbias += dz
         else:
             s = tl.div_rn(1.0, 1.0 + exponential(-x))
             dz = df * s * (1.0 - s)
         tl.store(dx_ptr + (r * dx_row)[:, None] + n[None, :], dz.to(dx_ptr.dtype.element_ty), mask=mask)
     if FORGET == "decay":
         at = sums_ptr + tl.program_id(0) * (2 * N) + n
-        tl.store(at, dA_log, mask=n < N)
-        tl.store(at + N, dbias, mask=n < N)
+        tl.store(at, tl.sum(dA_log, 0), mask=n < N)
+        tl.store(at + N, tl.sum(dbias, 0), mask=n < N)
 
 
 def gate_backward(

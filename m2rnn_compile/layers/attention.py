@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.validation import accumulation_dtype
 from .mixer import SequenceMixer, check_layout, check_rows, positions_in_sequence, sequence_ids
 from .packed_attention import packed_attention
 
@@ -215,7 +216,7 @@ def _suits_flash(q: Tensor) -> bool:
 def apply_rope(x: Tensor, position: Tensor, theta: float) -> Tensor:
     """Rotate x ``[B, T, heads, head_dim]`` by its position ``[T]``, pairs being (i, i + head_dim/2); angles in fp32."""
     half = x.shape[-1] // 2
-    acc = torch.promote_types(x.dtype, torch.float32)
+    acc = accumulation_dtype(x.dtype)
     frequency = theta ** (-torch.arange(half, device=x.device, dtype=acc) / half)
     angle = position.to(acc)[:, None, None] * frequency
     cos, sin = angle.cos(), angle.sin()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.validation import accumulation_dtype
 from .opaque import Packing
 
 
@@ -48,7 +49,7 @@ def chunk_gradients(
     C, T = chunk_size, q.shape[1]
     chunks = _Chunks(cu_seqlens, T, C, q.device)
     Q, K, V, dO, dV = (chunks.cut(x) for x in (q, k, v, do, dv))
-    G = chunks.cut(g[..., None].to(torch.promote_types(g.dtype, torch.float32)))[..., 0]
+    G = chunks.cut(g[..., None].to(accumulation_dtype(g.dtype)))[..., 0]
     last = (chunks.lengths - 1).clamp_min(0)
     G_end = G.take_along_dim(last[None, :, None, None], -1)
     G = torch.where(chunks.real[None, :, None, :], G, G_end)

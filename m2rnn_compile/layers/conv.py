@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.validation import accumulation_dtype
 from .mixer import check_rows, positions_in_sequence
 
 
@@ -92,7 +93,7 @@ class CausalConv(nn.Module):
 
     def _taps(self, shifted: list[Tensor]) -> Tensor:
         """Multiply-add the input shifted by 0, 1, ... steps with the last, last but one, ... tap."""
-        acc = torch.promote_types(shifted[0].dtype, torch.float32)
+        acc = accumulation_dtype(shifted[0].dtype)
         w = self.weight[:, 0].to(acc)
         y = shifted[0].to(acc) * w[:, -1]
         for j in range(1, self.width):

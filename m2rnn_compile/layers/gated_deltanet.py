@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.validation import accumulation_dtype
 from .conv import CausalConv
 from .linear import padded_linear
 from .linear_recurrence import IMPLS, linear_rnn, linear_rnn_step
@@ -102,7 +103,7 @@ class GatedDeltaNet(SequenceMixer):
         """Zero conv inputs and a zero S for `batch_size` sequences (packed: for S sequences)."""
         weight = self.qkv_proj.weight
         device, dtype = device or weight.device, dtype or weight.dtype
-        wide = torch.promote_types(dtype, torch.float32)
+        wide = accumulation_dtype(dtype)
         return GatedDeltaNetCache(
             torch.zeros(batch_size, self.qkv_conv1d.width - 1, self.qkv_conv1d.channels, device=device, dtype=dtype),
             torch.zeros(batch_size, self.num_heads, self.key_dim, self.value_dim, device=device, dtype=wide),
@@ -171,5 +172,5 @@ class GatedDeltaNet(SequenceMixer):
 
 def _unit(x: Tensor, scale: float) -> Tensor:
     """x divided by its Euclidean norm over the last dimension, times `scale`; in fp32, rounded once."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.to(accumulation_dtype(x.dtype))
     return (wide * (torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6) * scale)).to(x.dtype)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.validation import accumulation_dtype
 from .opaque import Packing, differentiate_once, gradients, no_autocast, refuse_transforms
 
 
@@ -40,7 +41,7 @@ def gru_scan(
 
 
 def _loop(x: Tensor, x_f: Tensor, x_r: Tensor, weight: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    acc = torch.promote_types(x.dtype, torch.float32)
+    acc = accumulation_dtype(x.dtype)
     W, W_f, W_r = weight.to(acc).chunk(3)
     h = x.new_zeros(x.shape[0], *x.shape[2:], dtype=acc) if state is None else state.to(acc)
     times = lambda h_BNV, W_NVV: torch.einsum("bnv,nvw->bnw", h_BNV, W_NVV)
@@ -82,7 +83,7 @@ def _fake(
     x: Tensor, x_f: Tensor, x_r: Tensor, weight: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    acc = torch.promote_types(x.dtype, torch.float32)
+    acc = accumulation_dtype(x.dtype)
     return x.new_empty(x.shape), x.new_empty(sequences, *x.shape[2:], dtype=acc)
 
 

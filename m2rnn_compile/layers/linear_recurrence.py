@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from ..ops.validation import accumulation_dtype
 from .chunk_gradients import chunk_gradients
 from .opaque import Packing, differentiate_once, gradients, no_autocast, refuse_transforms
 
@@ -101,7 +102,7 @@ def chunked(
 
     whose part that does not know S₀ is solved for all chunks at once.
     """
-    acc = torch.promote_types(v.dtype, torch.float32)
+    acc = accumulation_dtype(v.dtype)
     B, T, H, V = v.shape
     K = q.shape[-1]
     S = q.new_zeros(B, H, K, V, dtype=acc) if state is None else state.to(acc)
@@ -283,7 +284,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, T, H, V = v.shape
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    acc = torch.promote_types(v.dtype, torch.float32)
+    acc = accumulation_dtype(v.dtype)
     state = v.new_empty(sequences, H, q.shape[-1], V, dtype=acc)
     return v.new_empty(B, T, H, V), state, *_residuals(q, v, _uses_fla(impl, q, v, delta))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..ops import m2rnn, m2rnn_decode_step, m2rnn_step
 from ..ops.registry import check_name
-from ..ops.validation import check_clip, check_slot_values
+from ..ops.validation import accumulation_dtype, check_clip, check_slot_values
 from .conv import CausalConv
 from .mixer import SequenceMixer, check_layout, check_rows
 from .norm import RMSNorm
@@ -69,7 +69,7 @@ class DecayGate(nn.Module):
                 f"got {dt_init!r}"
             )
         self.A_init, self.dt_init, self.dt_floor = A_init, dt_init, dt_floor
-        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        wide = accumulation_dtype(dtype or torch.get_default_dtype())
         self.A_log = nn.Parameter(torch.empty(num_heads, device=device, dtype=wide))
         self.dt_bias = nn.Parameter(torch.empty(num_heads, device=device, dtype=wide))
         self.reset_parameters()
@@ -88,7 +88,7 @@ class DecayGate(nn.Module):
 
     def log(self, x_f: Tensor) -> Tensor:
         """log f, which the linear recurrences take."""
-        acc = torch.promote_types(x_f.dtype, torch.float32)
+        acc = accumulation_dtype(x_f.dtype)
         return -torch.exp(self.A_log.to(acc)) * F.softplus(x_f.to(acc) + self.dt_bias.to(acc))
 
 
@@ -227,7 +227,7 @@ class M2RNN(SequenceMixer):
                 elif self.state_weight_init == "normal":
                     nn.init.normal_(W, std=self.value_dim**-0.5)
                 else:  # a factorisation, which low precision has none of
-                    wide = torch.promote_types(W.dtype, torch.float32)
+                    wide = accumulation_dtype(W.dtype)
                     W.copy_(nn.init.orthogonal_(torch.empty_like(W, dtype=wide)))
         if self.conv1d is not None:
             self.conv1d.reset_parameters()
@@ -240,7 +240,7 @@ class M2RNN(SequenceMixer):
         """Zero conv inputs and a zero H for `batch_size` sequences (packed: for S sequences)."""
         weight = self.input_projection.weight
         device, dtype = device or weight.device, dtype or weight.dtype
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = accumulation_dtype(dtype)
         return M2RNNCache(
             torch.zeros(batch_size, *self._conv_rows, device=device, dtype=dtype),
             torch.zeros(batch_size, self.num_heads, self.key_dim, self.value_dim, device=device, dtype=wide),

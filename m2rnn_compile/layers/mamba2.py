@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.validation import accumulation_dtype
 from .conv import CausalConv
 from .linear import padded_linear
 from .linear_recurrence import linear_rnn, linear_rnn_step
@@ -98,7 +99,7 @@ class Mamba2(SequenceMixer):
     ) -> Mamba2Cache:
         """Zero conv inputs and a zero state for `batch_size` sequences (packed: for S sequences)."""
         device, dtype = device or self.D.device, dtype or self.D.dtype
-        wide = torch.promote_types(dtype, torch.float32)
+        wide = accumulation_dtype(dtype)
         return Mamba2Cache(
             torch.zeros(batch_size, self.conv1d.width - 1, self.conv1d.channels, device=device, dtype=dtype),
             torch.zeros(batch_size, self.num_heads, self.state_size, self.head_dim, device=device, dtype=wide),

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.validation import accumulation_dtype
 from .grouped_mm import grouped_linear
 from .mixer import check_sizes
 
@@ -118,7 +119,7 @@ class MoE(nn.Module):
         tokens = x.flatten(0, 1)
         R, k, E = tokens.shape[0], self.top_k, self.num_experts
         logits = self.gate(tokens)
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        wide = logits.to(accumulation_dtype(logits.dtype))
         chosen, experts = wide.topk(k, -1)
         weights = chosen.softmax(-1) if self.normalize_top_k else wide.softmax(-1).gather(-1, experts)
 

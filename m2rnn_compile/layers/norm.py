@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..ops.validation import accumulation_dtype
+
 
 class RMSNorm(nn.Module):
     """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension.
@@ -38,7 +40,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., size]`` gives the same shape and dtype."""
-        acc = torch.promote_types(x.dtype, torch.float32)
+        acc = accumulation_dtype(x.dtype)
         x_acc = x.to(acc)
         rstd = torch.rsqrt(x_acc.square().mean(-1, keepdim=True) + self.eps)
         return (x_acc * rstd * self.weight.to(acc)).to(x.dtype)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import m2rnn
+from ..ops.validation import accumulation_dtype
 from .conv import CausalConv
 from .gru_scan import gru_scan
 from .linear import padded_linear
@@ -78,7 +79,7 @@ class _VectorMixer(SequenceMixer):
         """Zero conv inputs and a zero state for `batch_size` sequences (packed: for S sequences)."""
         weight = self.input_projection.weight
         device, dtype = device or weight.device, dtype or weight.dtype
-        wide = torch.promote_types(dtype, torch.float32)
+        wide = accumulation_dtype(dtype)
         return VectorRNNCache(
             torch.zeros(batch_size, self.conv1d.width - 1, self.conv1d.channels, device=device, dtype=dtype),
             torch.zeros(batch_size, self.num_heads, self.head_dim, device=device, dtype=wide),
@@ -157,7 +158,7 @@ class VectorRNN(_VectorMixer):
         (x,) = inputs
         B, T = x.shape[:2]
         one = x.new_ones(B, T, 1, 1)
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = accumulation_dtype(x.dtype)
         f = x.new_zeros(B, T, 1, dtype=wide)
         if real is not None:
             f = torch.where(real[:, :, None], f, 1)  # f = 1 keeps the state exactly

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import Block, Cache, MoE, RMSNorm, SequenceMixer, SwiGLU
+from ..ops.validation import accumulation_dtype
 from .config import LMConfig
 from .mixers import build_mixer
 
@@ -168,7 +169,7 @@ class HybridLM(nn.Module):
 
     def _cross_entropy(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
         logits = self._head(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(accumulation_dtype(logits.dtype))
         return F.cross_entropy(logits, targets, reduction=reduction)
 
     def num_parameters(self) -> int:

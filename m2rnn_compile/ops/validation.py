@@ -26,9 +26,17 @@ class ScanShape(NamedTuple):
     S: int
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums of `dtype` are taken in: fp32, or fp64 for fp64.
+
+    Not `torch.promote_types`: export (non-strict) keeps each call of it as a node, on which Dynamo breaks the graph.
+    """
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def state_dtype(v: Tensor) -> torch.dtype:
     """The dtype that the state is carried and returned in: fp32, or fp64 for fp64 inputs."""
-    return torch.float64 if v.dtype == torch.float64 else torch.float32
+    return accumulation_dtype(v.dtype)
 
 
 def num_checkpoints(B: int, T: int, S: int, chunk: int, packed: bool) -> int:

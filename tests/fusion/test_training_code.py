@@ -117,6 +117,45 @@ bfloat16[32768, 1024]
     )
 
 
+def test_ops_of_their_own_for_conv_tail_and_scan() -> None:
+    """What one op for all of it saves: two passes that put gradients side by side, of q, k and v and of everything.
+
+    187 MB is Inductor's count; by the shapes of what they read and write these passes move some 660.
+    """
+    assert_expected_inline(
+        generated("apart"),
+        """\
+forward:
+cpp_fused
+extern_kernels.mm
+m2rnn.conv_silu
+cpp_fused
+m2rnn.fused_scan_packed
+extern_kernels.mm
+buffers:
+bfloat16[32768, 2944]
+bfloat16[32768, 1024]
+7 MB
+backward:
+extern_kernels.mm
+extern_kernels.mm
+m2rnn.fused_tail_backward
+m2rnn.scan_backward
+cpp_fused
+m2rnn.conv_silu_backward
+cpp_fused
+extern_kernels.mm
+extern_kernels.mm
+cpp_fused
+buffers:
+bfloat16[32768, 1344]
+bfloat16[8, 4096, 1472]
+bfloat16[8, 4096, 2944]
+bfloat16[32768, 1024]
+187 MB""",
+    )
+
+
 @pytest.mark.parametrize(
     "fault, buffers",
     [("no gate", ["float32[8, 4096, 1344]"]), ("apart", ["bfloat16[8, 4096, 1472]", "bfloat16[8, 4096, 2944]"])],

@@ -60,6 +60,17 @@ def test_the_module_of_a_program_compiles_as_one_graph(model: str, scans: int, g
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_a_program_for_inference_fuses_nothing_in_grad_mode() -> None:
+    """Its parameters may want gradients there, for which its scan keeps nothing: one graph, right, and said."""
+    layer, x = make_layer(), torch.randn(2, 9, 24)
+    module: Any = exported(layer, x).module()
+    (record,) = explain(module, x).scans
+    assert record.fused == ()
+    assert any("keeps nothing for a backward" in why for why in record.left)
+    compiled = torch.compile(module, backend=Rewriting(), fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("T", [1, 9], ids=["step", "prefill"])
 def test_a_program_with_a_cache_compiles_as_one_graph(T: int) -> None:
     layer = make_layer()

@@ -139,8 +139,7 @@ class Attention(SequenceMixer):
             if cu_seqlens is not None:
                 position, _ = positions_in_sequence(cu_seqlens, T)
             else:
-                # Slots serve as positions: left padding shifts a whole row, and RoPE sees differences only.
-                position = torch.arange(T, device=x.device) + past
+                position = self._positions(T, past, x.device, cache, attention_mask)
             q, k = apply_rope(q, position, self.rope_theta), apply_rope(k, position, self.rope_theta)
         new_cache = None
         if cache is not None:
@@ -172,6 +171,18 @@ class Attention(SequenceMixer):
         )
         y = self.c_proj(y.transpose(1, 2).flatten(2))
         return y if new_cache is None else (y, new_cache)
+
+    @staticmethod
+    def _positions(
+        T: int, past: int, device: torch.device, cache: AttentionCache | None, attention_mask: Tensor | None
+    ) -> Tensor:
+        """Where RoPE sees the T tokens, ``[T]`` or ``[B, T]``."""
+        slots = torch.arange(T, device=device)
+        if cache is None or (past == 0 and attention_mask is None):
+            return slots  # left padding shifts a whole row, and RoPE sees differences only
+        # A cache can have pads between its keys, from the padding of later calls: only what is real counts.
+        before = cache.mask.sum(1, keepdim=True)
+        return before + (slots if attention_mask is None else attention_mask.to(torch.bool).cumsum(1) - 1)
 
     @staticmethod
     def _mask(
@@ -214,11 +225,14 @@ def _suits_flash(q: Tensor) -> bool:
 
 
 def apply_rope(x: Tensor, position: Tensor, theta: float) -> Tensor:
-    """Rotate x ``[B, T, heads, head_dim]`` by its position ``[T]``, pairs being (i, i + head_dim/2); angles in fp32."""
+    """Rotate x ``[B, T, heads, head_dim]`` by its position ``[T]`` or ``[B, T]``, angles in fp32.
+
+    Pairs are (i, i + head_dim/2).
+    """
     half = x.shape[-1] // 2
     acc = accumulation_dtype(x.dtype)
     frequency = theta ** (-torch.arange(half, device=x.device, dtype=acc) / half)
-    angle = position.to(acc)[:, None, None] * frequency
+    angle = position.to(acc)[..., None, None] * frequency
     cos, sin = angle.cos(), angle.sin()
     a, b = x.to(acc).chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)

@@ -63,7 +63,8 @@ class CausalConv(nn.Module):
             state: the last ``width - 1`` inputs before x, oldest first, ``[B, width - 1, C]`` (packed: one row a
                 sequence, ``[S, width - 1, C]``); None means zero. Not modified.
             cu_seqlens: ``[S + 1]``, packed sequences along time; B must be 1.
-            attention_mask: ``[B, T]``, False on left padding: inputs there count as zero.
+            attention_mask: ``[B, T]``, False on left padding: inputs there count as zero, and a row's `state` stands
+                directly before its first real input (a row of pads only gives it back).
             output_final_state: return the state after the last step, in x's dtype.
 
         Returns:
@@ -84,6 +85,11 @@ class CausalConv(nn.Module):
         T, past = x_BTC.shape[1], self.width - 1
         if state is None:
             extended = F.pad(x_BTC, (0, 0, past, 0))
+        elif attention_mask is not None:
+            # What a row's state is written over is zero: its pads, and the zeros in front of them.
+            pads = (attention_mask.to(torch.bool).cumsum(1) == 0).sum(1)
+            slot = pads[:, None, None] + torch.arange(past, device=x_BTC.device)[:, None]
+            extended = F.pad(x_BTC, (0, 0, past, 0)).scatter(1, slot.expand_as(state), state.to(x_BTC.dtype))
         else:
             extended = torch.cat([state.to(x_BTC.dtype), x_BTC], 1)
         y = self._taps([extended[:, past - j : past - j + T] for j in range(self.width)])

@@ -24,7 +24,8 @@ class SequenceMixer(nn.Module):
       is never modified, so it can be kept, branched (`select_rows`) or replayed.
     - ``cu_seqlens [S + 1]`` (int32 or int64, from 0 to T, B = 1): S sequences packed along time that do not see each
       other.
-    - ``attention_mask [B, T]`` (bool, or 0/1): False marks padding on the *left* of the tokens of this call.
+    - ``attention_mask [B, T]`` (bool, or 0/1): False marks padding on the *left* of the tokens of this call, which
+      may go on from a cache: a row of pads only is skipped.
     """
 
     def init_cache(

@@ -86,6 +86,51 @@ def test_left_padding_changes_nothing(mixer, cuts):
         assert branched[0].shape[0] == 3
 
 
+# Tokens of every row in each turn: shorter rows are padded on the left, rows without any are skipped.
+TURNS = [[5, 5, 3], [2, 4, 0], [0, 1, 1], [1, 0, 6], [3, 3, 3], [1, 0, 1], [1, 1, 1]]
+
+
+@pytest.mark.parametrize("turns", [TURNS, [*TURNS[:2], [0, 0, 0], [2, 2, 2]]], ids=["turns", "all-pads"])
+def test_padding_in_later_turns_changes_nothing(mixer, turns):
+    """Every turn goes on from the cache of the one before; each row alone, in one call, is the oracle."""
+    lengths = torch.tensor(turns).sum(0).tolist()
+    rows = [torch.randn(1, n, D).double().requires_grad_() for n in lengths]
+    cache, read, ys = mixer.init_cache(3), [0, 0, 0], [[], [], []]
+    for turn in turns:
+        T = max(max(turn), 1)
+        parts, mask = [], torch.arange(T)[None] >= T - torch.tensor(turn)[:, None]
+        for b, n in enumerate(turn):
+            parts.append(torch.cat([torch.full((1, T - n, D), 5.0).double(), rows[b][:, read[b] : read[b] + n]], 1))
+            read[b] += n
+        y, cache = mixer(torch.cat(parts), cache=cache, attention_mask=None if mask.all() else mask)
+        assert y.isfinite().all()
+        for b, n in enumerate(turn):
+            ys[b].append(y[b : b + 1, T - n :])
+    got, expected = [torch.cat(y, 1) for y in ys], [mixer(row) for row in rows]
+    leaves = [*rows, *mixer.parameters()]
+    dys = [1e-3 * torch.randn_like(y) for y in got]  # small: a step of M2RNN from a cache does not clip gradients
+    for y, row in zip(got, expected, strict=True):
+        assert_same(y, row)
+    for pair in zip(*(torch.autograd.grad(y, leaves, dys) for y in (got, expected)), strict=True):
+        assert_same(*pair)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_compiled_padding_in_a_later_turn(name):
+    mixer = make(name)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(mixer, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for first, T in ((6, 4), (9, 7), (5, 12), (17, 33)):
+            _, cache = mixer(torch.randn(3, first, D).double(), cache=mixer.init_cache(3))
+            x, mask = torch.randn(3, T, D).double(), torch.arange(T)[None] >= torch.tensor([[2], [0], [T]])
+            got, expected = (f(x, cache=cache, attention_mask=mask) for f in (compiled, mixer))
+            assert_same(got[0], expected[0])
+            for a, b in zip(got[1], expected[1], strict=True):
+                assert_same(a.double(), b.double())
+    assert counter.frame_count <= 2
+
+
 @pytest.mark.parametrize("name", MIXERS)
 def test_compiled_without_graph_breaks_at_most_twice(name):
     mixer = make(name, torch.float32)

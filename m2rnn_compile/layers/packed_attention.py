@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.validation import check_cu_seqlens_values
-from .opaque import differentiate_once, gradients, no_autocast
+from .opaque import differentiate_once, gradients, no_autocast, refuse_transforms
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -30,9 +30,10 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Ten
 
     Raises:
         ValueError: boundaries that do not run from 0 to T, or that go back.
-        NotImplementedError: differentiating twice what was compiled.
+        NotImplementedError: differentiating twice or in forward mode what was compiled.
     """
     if torch.compiler.is_compiling() or type(cu_seqlens) is not Tensor:
+        refuse_transforms("packed_attention", q, k, v)
         return _op(q, k, v, cu_seqlens)
     return _each(q, k, v, cu_seqlens)
 

@@ -78,6 +78,16 @@ def test_forward_mode_is_refused_instead_of_zero(name):
             layer(dual)
 
 
+@pytest.mark.parametrize("name", MIXERS)
+def test_forward_mode_of_packed_sequences_is_refused_instead_of_zero(name):
+    """Attention's calls are torch's own in eager mode, and an op of ours under torch.compile."""
+    layer, x, bounds = build(name), draw()[:1], torch.tensor([0, 3, 3, 9])
+    run = lambda x: torch.func.jvp(lambda x: layer(x, cu_seqlens=bounds), (x,), (x,))
+    for call in (run, torch.compile(run, backend="eager")):
+        with pytest.raises((NotImplementedError, RuntimeError), match=r"forward-mode|jvp|forward AD"):
+            call(x)
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_func_grad_is_refused(name):
     layer = build(name)

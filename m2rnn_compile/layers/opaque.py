@@ -38,7 +38,13 @@ def gradients(
         pairs = [(o, g) for o, g in zip(fn(*leaves), grad_outputs, strict=True) if o.requires_grad]
         outputs, grads = [o for o, _ in pairs], [g for _, g in pairs]
         found = iter(torch.autograd.grad(outputs, wanted, grads, materialize_grads=True, allow_unused=True))
-    return [next(found).contiguous() if isinstance(x, Tensor) and x.requires_grad else None for x in leaves]
+    given = {g.untyped_storage()._cdata for g in grad_outputs}
+
+    def own(grad: Tensor) -> Tensor:
+        # Without a step the gradient of a state is that of the result, the very tensor, which an op must not return.
+        return grad.clone() if grad.untyped_storage()._cdata in given else grad.contiguous()
+
+    return [own(next(found)) if isinstance(x, Tensor) and x.requires_grad else None for x in leaves]
 
 
 def refuse_transforms(owner: str, *tensors: Tensor | None) -> None:

@@ -115,6 +115,27 @@ def test_padding_in_later_turns_changes_nothing(mixer, turns):
         assert_same(*pair)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("layout", ["batch", "cached", "packed"])
+def test_no_steps_forward_and_backward(mixer, layout, compiled):
+    call = torch.compile(mixer, fullgraph=True, backend="aot_eager") if compiled else mixer
+    x = torch.randn(1, 0, D).double().requires_grad_()
+    if layout == "cached":
+        cache = type(mixer.init_cache(1))(*(t.requires_grad_(t.is_floating_point()) for t in mixer.init_cache(1)))
+        y, new = call(x, cache=cache)
+        kept = [(a, b) for a, b in zip(new, cache, strict=True) if a.requires_grad]
+        assert all(map(torch.equal, new, cache))
+        for a, b in kept:
+            (grad,) = torch.autograd.grad(a.sum(), b, retain_graph=True)
+            assert torch.equal(grad, torch.ones_like(b))
+    else:
+        y = call(x, cu_seqlens=torch.tensor([0, 0, 0]) if layout == "packed" else None)
+    assert y.shape == (1, 0, D)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert not any(p.grad.any() for p in mixer.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("name", MIXERS)
 def test_compiled_padding_in_a_later_turn(name):
     mixer = make(name)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.validation import accumulation_dtype
-from .mixer import SequenceMixer, check_layout, check_rows, positions_in_sequence, sequence_ids
+from .mixer import SequenceMixer, check_layout, check_rows, positions_in_sequence, sequence_ids, zero_pads
 from .packed_attention import packed_attention
 
 
@@ -122,6 +122,7 @@ class Attention(SequenceMixer):
             TypeError, ValueError: arguments that do not fit; a cache together with `cu_seqlens`.
         """
         check_layout("Attention", x, self.hidden_size, cu_seqlens, attention_mask)
+        x = zero_pads(x, attention_mask)
         if cache is not None and cu_seqlens is not None:
             raise ValueError(
                 "Attention: a cache cannot be combined with packed sequences (`cu_seqlens`); "

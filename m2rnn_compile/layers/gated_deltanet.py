@@ -15,7 +15,7 @@ from .conv import CausalConv
 from .linear import padded_linear
 from .linear_recurrence import IMPLS, linear_rnn, linear_rnn_step
 from .m2rnn import DecayGate
-from .mixer import SequenceMixer, check_layout, check_rows, check_sizes
+from .mixer import SequenceMixer, check_layout, check_rows, check_sizes, zero_pads
 from .norm import RMSNorm
 
 
@@ -125,6 +125,7 @@ class GatedDeltaNet(SequenceMixer):
             TypeError, ValueError: arguments that do not fit.
         """
         check_layout("GatedDeltaNet", x, self.hidden_size, cu_seqlens, attention_mask)
+        x = zero_pads(x, attention_mask)
         single_step = cache is not None and x.shape[1] == 1 and cu_seqlens is None
         if cache is not None:
             sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1

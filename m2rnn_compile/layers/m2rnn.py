@@ -14,7 +14,7 @@ from ..ops import m2rnn, m2rnn_decode_step, m2rnn_step
 from ..ops.registry import check_name
 from ..ops.validation import accumulation_dtype, check_clip, check_slot_values
 from .conv import CausalConv
-from .mixer import SequenceMixer, check_layout, check_rows
+from .mixer import SequenceMixer, check_layout, check_rows, zero_pads
 from .norm import RMSNorm
 
 # A projection whose width is not a multiple of 64 misses the fast GEMM tiles: 2900 columns cost 3x 2944 on an H200.
@@ -282,6 +282,7 @@ class M2RNN(SequenceMixer):
             TypeError, ValueError: arguments that do not fit.
         """
         check_layout("M2RNN", x, self.hidden_size, cu_seqlens, attention_mask)
+        x = zero_pads(x, attention_mask)
         if state_indices is not None:
             if cache is None or cu_seqlens is not None or attention_mask is not None or x.shape[1] != 1:
                 raise ValueError(

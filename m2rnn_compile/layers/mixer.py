@@ -25,7 +25,7 @@ class SequenceMixer(nn.Module):
     - ``cu_seqlens [S + 1]`` (int32 or int64, from 0 to T, B = 1): S sequences packed along time that do not see each
       other.
     - ``attention_mask [B, T]`` (bool, or 0/1): False marks padding on the *left* of the tokens of this call, which
-      may go on from a cache: a row of pads only is skipped.
+      may go on from a cache: a row of pads only is skipped. What x holds at pads never matters, NaN included.
     """
 
     def init_cache(
@@ -92,6 +92,11 @@ def check_layout(owner: str, x: Tensor, width: int, cu_seqlens: Tensor | None, a
             f"{tuple(attention_mask.shape)}; "
             "it covers the tokens of this call only, not those already in the cache"
         )
+
+
+def zero_pads(x: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """x with zeros at pads: 0 times NaN is NaN, so what a pad holds must be gone before the first product."""
+    return x if attention_mask is None else torch.where(attention_mask.to(torch.bool)[:, :, None], x, 0)
 
 
 def select_rows(cache: Cache, rows: Tensor) -> Cache:

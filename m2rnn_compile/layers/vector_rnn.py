@@ -15,7 +15,7 @@ from ..ops.validation import accumulation_dtype
 from .conv import CausalConv
 from .gru_scan import gru_scan
 from .linear import padded_linear
-from .mixer import SequenceMixer, check_layout, check_rows, check_sizes
+from .mixer import SequenceMixer, check_layout, check_rows, check_sizes, zero_pads
 from .norm import RMSNorm
 
 
@@ -100,6 +100,7 @@ class _VectorMixer(SequenceMixer):
         """
         owner = type(self).__name__
         check_layout(owner, x, self.hidden_size, cu_seqlens, attention_mask)
+        x = zero_pads(x, attention_mask)
         if cache is not None:
             sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             check_rows(owner, "cache.state", cache.state, (sequences, self.num_heads, self.head_dim))

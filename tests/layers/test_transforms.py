@@ -101,6 +101,22 @@ def test_vmap_equals_a_loop(name):
     assert_same(torch.vmap(layer)(x), torch.stack([layer(row) for row in x]))
 
 
+@pytest.mark.parametrize("cached", [False, True], ids=["plain", "cached"])
+@pytest.mark.parametrize("name", MIXERS)
+def test_what_a_pad_holds_does_not_matter(name, cached):
+    layer, x, mask = build(name), draw(), torch.arange(9)[None] >= torch.tensor([[4], [0]])
+    results = []
+    for filling in (0.0, float("nan"), float("inf")):
+        leaf = x.masked_fill(~mask[:, :, None], filling).requires_grad_()
+        y = layer(leaf, attention_mask=mask, cache=layer.init_cache(2) if cached else None)
+        y, cache = y if cached else (y, ())
+        assert y.isfinite().all()
+        wanted = [leaf, *layer.parameters()]
+        results.append([y, *cache, *torch.autograd.grad(y[mask].square().sum(), wanted)])
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+
+
 @pytest.mark.parametrize("name", MIXERS)
 def test_nan_in_one_row_stays_there_and_strides_do_not_matter(name):
     layer, x = build(name), draw()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..ops.library import functorch_active
 from .lm import HybridLM
 
 SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
@@ -62,8 +63,8 @@ def sample(
 
     Raises:
         ValueError: options out of range; or a row of logits has no most likely token: NaN, nothing above -inf, or, when
-            drawing, inf. To look, the CPU waits for the device; so under torch.compile and while a CUDA graph is
-            captured nobody looks.
+            drawing, inf. To look, the CPU waits for the device; so under torch.compile, inside of torch.vmap and while
+            a CUDA graph is captured nobody looks.
     """
     if not (temperature == 0 or SMALLEST_TEMPERATURE <= temperature < math.inf):  # false for NaN
         raise ValueError(
@@ -92,7 +93,9 @@ def sample(
 
 def _check_top(top_B: Tensor, *, drawn: bool) -> None:
     """Refuse rows whose largest logit, which is NaN if any is, chooses no token."""
-    if torch.compiler.is_compiling() or (top_B.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if torch.compiler.is_compiling() or functorch_active():
+        return
+    if top_B.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     bad = top_B.isnan() | (top_B == float("-inf")) | (top_B == float("inf") if drawn else False)
     if bool(bad.any()):
@@ -124,7 +127,7 @@ def stream(
         prompt: int64 ``[B, T]``, T >= 1; see `left_pad` for prompts of different lengths.
         attention_mask: ``[B, T]``, False on left padding.
         temperature, top_k, top_p, generator: see `sample`.
-        eos_id: a row that has produced it yields it from then on.
+        eos_id: a row that has produced it yields it from then on, whatever its logits are.
         prefill_chunk: run the prompt through the model in pieces of this many tokens (bounds memory; same result).
         forward: called instead of `model`, for example ``torch.compile(model)``.
 
@@ -167,7 +170,10 @@ def stream(
     for i in range(max_new_tokens):
         assert logits is not None
         with torch.inference_mode():
-            token = sample(logits[:, -1], temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            last = logits[:, -1]
+            if eos_id is not None:
+                last = last.masked_fill(done[:, None], 0)  # NaN in a row that has ended is no reason to stop the others
+            token = sample(last, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
             if eos_id is not None:
                 token = torch.where(done, eos_id, token)
                 done = done | (token == eos_id)

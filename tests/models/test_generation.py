@@ -206,6 +206,32 @@ def test_a_model_that_has_diverged_is_not_generated_from(temperature):
         generate(model, torch.zeros(2, 3, dtype=torch.int64), max_new_tokens=2, temperature=temperature)
 
 
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_row_that_has_ended_may_turn_nan(temperature):
+    model, prompt = make_model(), torch.randint(1, 256, (2, 5))
+    steps = iter(range(4))
+
+    def forward(tokens, **options):
+        logits, cache = model(tokens, **options)
+        logits[1, :, 0] = float("-inf")  # never ends
+        logits[0] = float("-inf") if next(steps) == 0 else float("nan")
+        logits[0, :, 0].clamp_(min=0)  # ends at once
+        return logits, cache
+
+    out = generate(model, prompt, forward=forward, max_new_tokens=4, temperature=temperature, eos_id=0)
+    assert not out[0, 5:].any()
+    assert out[1, 5:].all()
+    if temperature == 0:
+        assert torch.equal(out[1:], generate(model, prompt[1:], max_new_tokens=4))
+
+
+def test_sample_under_vmap():
+    logits = torch.randn(3, 2, 8)
+    assert torch.equal(torch.vmap(sample)(logits), torch.stack([sample(row) for row in logits]))
+    drawn = torch.vmap(lambda row: sample(row, temperature=1.0, top_k=1), randomness="different")(logits)
+    assert torch.equal(drawn, logits.argmax(-1))
+
+
 def test_errors():
     model = make_model()
     with pytest.raises(ValueError, match="T >= 1"):

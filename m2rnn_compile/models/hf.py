@@ -199,7 +199,7 @@ class M2RNNHybridForCausalLM(PreTrainedModel, GenerationMixin):
                 needs no mask: nothing real comes after it.
             past_key_values: from an earlier call; it is not modified (a new one comes back).
             labels: ``[B, T]``, the tokens themselves (shifted in here); -100 is left out. A mixture of experts in
-                training mode adds its auxiliary loss.
+                training mode adds its auxiliary loss, of all passes of a batch once.
             use_cache: return a cache; default: if one was given, or in eval mode without labels.
             logits_to_keep: only of the last so many positions; 0 for all.
             options: `num_items_in_batch` of a Trainer. `cu_seq_lens_q` and `cu_seq_lens_k`, `position_ids` that start
@@ -248,7 +248,11 @@ class M2RNNHybridForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **items)
             moe = self._lm.config.moe
             if moe is not None and aux_losses:
-                loss = loss + moe.aux_loss_weight * torch.stack(aux_losses).sum()
+                aux_loss = torch.stack(aux_losses).sum()
+                if (all_items := items.get("num_items_in_batch")) is not None:
+                    # The losses of a batch's passes are added up: each counts for as much as it has targets.
+                    aux_loss = aux_loss * (labels[:, 1:] != -100).sum() / all_items
+                loss = loss + moe.aux_loss_weight * aux_loss
         seen = (0 if past_key_values is None else past_key_values.seen) + T
         out = CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=HybridCache(new, seen) if use_cache else None

@@ -180,6 +180,27 @@ def test_loss_is_that_of_the_next_token_and_reaches_every_weight(pair):
         theirs.eval().zero_grad()
 
 
+def test_passes_of_a_batch_add_up_to_its_loss():
+    """Gradient accumulation, as Trainer does it; the auxiliary loss too counts once, by targets."""
+    model, x = from_hybrid(make_model(CONFIG, torch.float64)).train(), prompt(4, 9)
+    labels = x.clone()
+    labels[3, 4:] = -100
+    items = (labels[:, 1:] != -100).sum()
+
+    def losses(rows, all_items):
+        options = {} if all_items is None else dict(num_items_in_batch=all_items)
+        full = model.train()(x[rows], labels=labels[rows], **options).loss
+        return full, full - model.eval()(x[rows], labels=labels[rows], **options).loss
+
+    passes = [losses(slice(i, i + 1), items) for i in range(4)]
+    aux = [float(losses(slice(i, i + 1), None)[1]) for i in range(4)]
+    expected = sum(a * n for a, n in zip(aux, (8, 8, 8, 3), strict=True)) / 27
+    assert min(aux) > 1e-3
+    assert abs(float(sum(a for _, a in passes)) - expected) <= 1e-5 * expected
+    assert_same(losses(slice(None), items)[0].float(), losses(slice(None), None)[0].float())
+    assert_same(losses(slice(None), 27)[0], losses(slice(None), items)[0])
+
+
 def test_trainer_learns(tmp_path):
     pytest.importorskip("accelerate", reason="Trainer needs accelerate")
     model = M2RNNHybridForCausalLM(M2RNNHybridConfig.of(CONFIG))

@@ -195,12 +195,14 @@ class M2RNNHybridForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: ``[B, T]``; with `past_key_values`, only what is new.
-            attention_mask: ``[B, T]`` or ``[B, past + T]``, 0 on *left* padding. With `labels`, padding on the right
-                needs no mask: nothing real comes after it.
+            attention_mask: ``[B, T]`` or ``[B, past + T]``, 0 on *left* padding, of which each turn may have its own.
+                Without a cache padding may be on the right instead, where it needs no mask: nothing real comes after
+                it. Under torch.compile nobody looks.
             past_key_values: from an earlier call; it is not modified (a new one comes back).
             labels: ``[B, T]``, the tokens themselves (shifted in here); -100 is left out. A mixture of experts in
                 training mode adds its auxiliary loss, of all passes of a batch once.
-            use_cache: return a cache; default: if one was given, or in eval mode without labels.
+            use_cache: return a cache; default: if one was given, or in eval mode without labels and without padding on
+                the right.
             logits_to_keep: only of the last so many positions; 0 for all.
             options: `num_items_in_batch` of a Trainer. `cu_seq_lens_q` and `cu_seq_lens_k`, `position_ids` that start
                 again, and `seq_idx` pack documents into one row, as `DataCollatorWithFlattening` does: they see nothing
@@ -209,7 +211,7 @@ class M2RNNHybridForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: packed documents in several rows, with padding or with a cache, or told of in two ways that do
-                not agree.
+                not agree; padding between tokens, or on their right where there is a cache.
         """
         T = input_ids.shape[1]
         layers = None
@@ -218,8 +220,17 @@ class M2RNNHybridForCausalLM(PreTrainedModel, GenerationMixin):
         mask = None
         if attention_mask is not None:
             mask = attention_mask[:, -T:].to(torch.bool)
-            if not torch.compiler.is_compiling() and bool(mask.all()):
-                mask = None
+            if not torch.compiler.is_compiling():
+                if bool(mask.all()):
+                    mask = None
+                elif _ends_in_padding(mask):
+                    if use_cache or past_key_values is not None:
+                        raise ValueError(
+                            "`attention_mask` has padding on the right (a 0 after a 1), and there is a cache, from "
+                            "which nothing could go on; pad on the left (tokenizer.padding_side = 'left'), or give "
+                            "use_cache=False"
+                        )
+                    use_cache = False
         bounds = document_bounds(input_ids, mask, layers is not None, options)
         if bounds is not None:
             if use_cache or past_key_values is not None:
@@ -237,7 +248,7 @@ class M2RNNHybridForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache and layers is None:
             layers = self._lm.init_cache(input_ids.shape[0], device=input_ids.device, dtype=self.dtype)
         x, new, aux_losses = self._lm._run(
-            input_ids, layers if use_cache else None, attention_mask=mask, cu_seqlens=bounds
+            input_ids, layers, attention_mask=mask, cu_seqlens=bounds
         )
         if logits_to_keep:
             x = x[:, -logits_to_keep:]
@@ -258,6 +269,22 @@ class M2RNNHybridForCausalLM(PreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, past_key_values=HybridCache(new, seen) if use_cache else None
         )
         return out if return_dict is not False else out.to_tuple()
+
+
+def _ends_in_padding(mask: Tensor) -> bool:
+    """Whether a row of the bool ``[B, T]`` has padding after what is real.
+
+    Raises:
+        ValueError: something real follows that padding, so it is no padding but a gap.
+    """
+    before, after = mask[:, :-1], mask[:, 1:]
+    if bool((after & ~before & (before.cumsum(1) > 0)).any()):
+        raise ValueError(
+            "`attention_mask` has a gap: in a row 1 comes again after 1 and 0, and no layer can leave tokens out; pad "
+            "on the left, or, for padding between the turns of a batch, go on from the `past_key_values` of the turn "
+            "before"
+        )
+    return bool((before & ~after).any())
 
 
 def from_hybrid(model: HybridLM, **options: Any) -> M2RNNHybridForCausalLM:

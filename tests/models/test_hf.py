@@ -67,6 +67,44 @@ def test_a_left_padded_prompt_can_be_fed_token_by_token(pair):
             assert_same(out.logits[i], ours(torch.cat([row, token[i]])[None])[0, -1:])
 
 
+def test_a_second_turn_with_padding_of_its_own(pair):
+    """The mask of both turns has a gap then, which only a cache can bridge."""
+    ours, theirs = pair
+    first, second, mask = prompt(2, 5), prompt(2, 4), torch.ones(2, 9, dtype=torch.int64)
+    mask[0, 5:7] = 0
+    options = dict(max_new_tokens=4, do_sample=False)
+    both, cache = torch.cat([first, second], 1), theirs(first).past_key_values
+    got = theirs.generate(both, attention_mask=mask, past_key_values=cache, **options)[:, 9:]
+    for row, real in ((0, both[0][mask[0] == 1]), (1, both[1])):
+        assert torch.equal(got[row], generate(ours, real[None], max_new_tokens=4)[0, len(real) :])
+    for cached in (True, False):
+        with pytest.raises(ValueError, match="has a gap: in a row 1 comes again"):
+            theirs.generate(both, attention_mask=mask, use_cache=cached, **options)
+
+
+def test_padding_on_the_right_needs_that_there_is_no_cache(pair):
+    ours, theirs = pair
+    x, mask = prompt(2, 6), torch.tensor([[1] * 4 + [0] * 2, [1] * 6])
+    with torch.no_grad():
+        out = theirs(x, attention_mask=mask)
+        assert_same(out.logits[0, :4], ours(x[:1, :4])[0])
+        assert out.past_key_values is None
+        labelled = theirs(x, attention_mask=mask, labels=x.masked_fill(mask == 0, -100)).loss
+        assert_same(labelled, theirs(x, labels=x.masked_fill(mask == 0, -100)).loss)
+        for options in (dict(use_cache=True), dict(past_key_values=theirs(x).past_key_values)):
+            with pytest.raises(ValueError, match="padding on the right"):
+                theirs(x, attention_mask=mask, **options)
+
+
+def test_a_cache_is_used_though_none_is_wanted_back(pair):
+    ours, theirs = pair
+    x = prompt(2, 6)
+    with torch.no_grad():
+        out = theirs(x[:, 4:], past_key_values=theirs(x[:, :4]).past_key_values, use_cache=False)
+        assert_same(out.logits, ours(x)[:, 4:])
+    assert out.past_key_values is None
+
+
 def test_beam_search_with_cache_equals_without(pair):
     _, theirs = pair
     x = prompt(2, 5)

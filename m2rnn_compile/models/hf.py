@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 try:
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
     from transformers.configuration_utils import PreTrainedConfig
     from transformers.modeling_outputs import CausalLMOutputWithPast
 except ImportError as error:
@@ -182,12 +182,13 @@ class M2RNNHybridForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: HybridCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **options: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
@@ -204,15 +205,26 @@ class M2RNNHybridForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: return a cache; default: if one was given, or in eval mode without labels and without padding on
                 the right.
             logits_to_keep: only of the last so many positions; 0 for all.
+            output_hidden_states: return what goes into every block, and what goes into the head; default: the config's.
             options: `num_items_in_batch` of a Trainer. `cu_seq_lens_q` and `cu_seq_lens_k`, `position_ids` that start
                 again, and `seq_idx` pack documents into one row, as `DataCollatorWithFlattening` does: they see nothing
                 of each other, no loss is taken from one to the next, and there is no cache. Other positions change
                 nothing (recurrent layers need none, attention takes slots).
 
         Raises:
-            ValueError: packed documents in several rows, with padding or with a cache, or told of in two ways that do
-                not agree; padding between tokens, or on their right where there is a cache.
+            ValueError: `inputs_embeds` or `output_attentions`; packed documents in several rows, with padding or with a
+                cache, or told of in two ways that do not agree; padding between tokens, or on their right where there
+                is a cache.
         """
+        if input_ids is None or options.get("inputs_embeds") is not None:
+            raise ValueError(
+                "`input_ids` are needed, `inputs_embeds` are not supported; vectors of your own can be rows of the "
+                "embedding (resize_token_embeddings), which have ids"
+            )
+        if options.get("output_attentions"):
+            raise ValueError("`output_attentions` is not supported: no layer keeps weights of attention; leave it out")
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
         T = input_ids.shape[1]
         layers = None
         if past_key_values is not None and past_key_values.layers is not None:
@@ -247,9 +259,10 @@ class M2RNNHybridForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache = past_key_values is not None or (not self.training and labels is None)
         if use_cache and layers is None:
             layers = self._lm.init_cache(input_ids.shape[0], device=input_ids.device, dtype=self.dtype)
-        x, new, aux_losses = self._lm._run(
-            input_ids, layers, attention_mask=mask, cu_seqlens=bounds
-        )
+        states: list[Tensor] | None = [] if output_hidden_states else None
+        x, new, aux_losses = self._lm._run(input_ids, layers, attention_mask=mask, cu_seqlens=bounds, states=states)
+        if states is not None:
+            states.append(self.transformer.ln_f(x))
         if logits_to_keep:
             x = x[:, -logits_to_keep:]
         logits = self._lm._head(x)
@@ -266,9 +279,21 @@ class M2RNNHybridForCausalLM(PreTrainedModel, GenerationMixin):
                 loss = loss + moe.aux_loss_weight * aux_loss
         seen = (0 if past_key_values is None else past_key_values.seen) + T
         out = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=HybridCache(new, seen) if use_cache else None
+            loss=loss,
+            logits=logits,
+            past_key_values=HybridCache(new, seen) if use_cache else None,
+            hidden_states=None if states is None else tuple(states),
         )
         return out if return_dict is not False else out.to_tuple()
+
+    def _prefill(self, input_ids: Tensor, generation_config: GenerationConfig, *args: Any, **options: Any) -> Any:
+        if generation_config.prefill_chunk_size is not None:
+            raise ValueError(
+                f"`prefill_chunk_size` = {generation_config.prefill_chunk_size} is not supported: transformers expects "
+                "of it a cache that changes in place; leave it out, or m2rnn_compile.models.generate(model.lm, prompt, "
+                "prefill_chunk=...)"
+            )
+        return super()._prefill(input_ids, generation_config, *args, **options)
 
 
 def _ends_in_padding(mask: Tensor) -> bool:

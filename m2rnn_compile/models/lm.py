@@ -107,9 +107,17 @@ class HybridLM(nn.Module):
         return logits if cache is None else (logits, new_cache)
 
     def _run(
-        self, tokens: Tensor, cache: tuple[Cache, ...] | None, **layout: Tensor | None
+        self,
+        tokens: Tensor,
+        cache: tuple[Cache, ...] | None,
+        *,
+        states: list[Tensor] | None = None,
+        **layout: Tensor | None,
     ) -> tuple[Tensor, tuple[Cache, ...], list[Tensor]]:
-        """The residual stream after the last block, the new caches, and the blocks' auxiliary losses."""
+        """The residual stream after the last block, the new caches, and the blocks' auxiliary losses.
+
+        What goes into every block is appended to `states`, if that is given.
+        """
         if tokens.dim() != 2 or tokens.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"HybridLM: `tokens` must be integers [B, T], int32 or int64, got {tokens.dtype} of shape "
@@ -124,6 +132,8 @@ class HybridLM(nn.Module):
         new_cache: list[Cache] = []
         aux_losses: list[Tensor] = []
         for i, block in enumerate(self.transformer.h):
+            if states is not None:
+                states.append(x)
             out = block(x, cache=None if cache is None else cache[i], **layout)
             x = out.x
             if cache is not None:

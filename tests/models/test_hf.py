@@ -105,6 +105,45 @@ def test_a_cache_is_used_though_none_is_wanted_back(pair):
     assert out.past_key_values is None
 
 
+def test_hidden_states(pair):
+    ours, theirs = pair
+    x = prompt(2, 6)
+    with torch.no_grad():
+        out = theirs(x, output_hidden_states=True)
+        assert torch.equal(out.hidden_states[0], ours.transformer.wte(x))
+        for i, block in enumerate(ours.transformer.h[:-1]):
+            assert_same(out.hidden_states[i + 1], block(out.hidden_states[i]).x)
+        assert_same(out.hidden_states[-1] @ ours.transformer.wte.weight.T, out.logits)
+        assert len(out.hidden_states) == 5
+        assert theirs(x).hidden_states is None
+        theirs.config.output_hidden_states = True
+        try:
+            assert len(theirs(x).hidden_states) == 5
+        finally:
+            theirs.config.output_hidden_states = False
+    options = dict(max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_hidden_states=True)
+    steps = theirs.generate(x, **options).hidden_states
+    assert [s[-1].shape for s in steps] == [(2, 6, 32), (2, 1, 32), (2, 1, 32)]
+
+
+def test_what_is_not_supported_is_refused_by_name(pair):
+    _, theirs = pair
+    x = prompt(2, 6)
+    embedded = theirs.get_input_embeddings()(x)
+    for call in (
+        lambda: theirs(inputs_embeds=embedded),
+        lambda: theirs(x, inputs_embeds=embedded),
+        lambda: theirs.generate(inputs_embeds=embedded, max_new_tokens=2),
+    ):
+        with pytest.raises(ValueError, match="`inputs_embeds` are not supported"):
+            call()
+    with pytest.raises(ValueError, match="`output_attentions` is not supported"):
+        theirs(x, output_attentions=True)
+    for options in ({}, dict(past_key_values=theirs(x[:, :2]).past_key_values)):
+        with pytest.raises(ValueError, match="`prefill_chunk_size` = 2 is not supported"):
+            theirs.generate(x, max_new_tokens=2, prefill_chunk_size=2, **options)
+
+
 def test_beam_search_with_cache_equals_without(pair):
     _, theirs = pair
     x = prompt(2, 5)
@@ -231,10 +270,10 @@ def test_passes_of_a_batch_add_up_to_its_loss():
         return full, full - model.eval()(x[rows], labels=labels[rows], **options).loss
 
     passes = [losses(slice(i, i + 1), items) for i in range(4)]
-    aux = [float(losses(slice(i, i + 1), None)[1]) for i in range(4)]
+    aux = [losses(slice(i, i + 1), None)[1].item() for i in range(4)]
     expected = sum(a * n for a, n in zip(aux, (8, 8, 8, 3), strict=True)) / 27
     assert min(aux) > 1e-3
-    assert abs(float(sum(a for _, a in passes)) - expected) <= 1e-5 * expected
+    assert abs(sum(a.item() for _, a in passes) - expected) <= 1e-5 * expected
     assert_same(losses(slice(None), items)[0].float(), losses(slice(None), None)[0].float())
     assert_same(losses(slice(None), 27)[0], losses(slice(None), items)[0])
 

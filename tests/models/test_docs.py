@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("safetensors")
 pytest.importorskip("transformers", reason="needs transformers; pip install 'm2rnn-compile[hf]'")
+pytest.importorskip("accelerate", reason="Trainer needs accelerate")
 TEXT = (Path(__file__).parents[2] / "docs/models.md").read_text()
 
 

@@ -11,6 +11,7 @@ pytest.importorskip("transformers", reason="needs transformers; pip install 'm2r
 import transformers
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Trainer, TrainingArguments
 
+from m2rnn_compile.layers import param_groups
 from m2rnn_compile.models import HybridLM, generate, left_pad, miniature, preset, swap_layer
 from m2rnn_compile.models.hf import M2RNNHybridConfig, M2RNNHybridForCausalLM, from_hybrid
 from m2rnn_compile.models.weights import load_model, save_model
@@ -287,6 +288,35 @@ def test_trainer_learns(tmp_path):
     before = float(model(prompt(1, 12), labels=data[0]["labels"][None]).loss)
     trainer.train()
     assert trainer.state.log_history[-1]["train_loss"] < before
+
+
+def test_trainer_decays_by_the_groups_of_this_library(tmp_path):
+    """As docs/models.md says. Left to itself it goes by names: should it ever do right, that page can say so."""
+    pytest.importorskip("accelerate", reason="Trainer needs accelerate")
+    model = from_hybrid(make_model(CONFIG, torch.float32))
+    data = [{"input_ids": row, "labels": row} for row in prompt(8, 12)]
+    args = TrainingArguments(
+        str(tmp_path), weight_decay=0.1, max_steps=3, save_steps=2, warmup_steps=2, report_to=[], use_cpu=True
+    )
+    names = {id(p): name for name, p in model.named_parameters()}
+
+    def decayed(optimizer):
+        return {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] > 0 for p in g["params"]}
+
+    expected = {n for g in param_groups(model, 0.1) if g["weight_decay"] > 0 for n in g["param_names"]}
+    theirs = decayed(Trainer(model, args, train_dataset=data).create_optimizer())
+    assert {"transformer.ln_f.weight", "transformer.h.0.ln_1.weight"} < theirs - expected
+
+    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=args.learning_rate)
+    trainer = Trainer(model, args, train_dataset=data, optimizers=(optimizer, None))
+    before = [p.detach().clone() for p in model.parameters()]
+    trainer.train()
+    assert decayed(trainer.optimizer) == expected
+    assert not any(map(torch.equal, before, model.parameters()))
+    resumed = from_hybrid(make_model(CONFIG, torch.float32))
+    optimizer = torch.optim.AdamW(param_groups(resumed, args.weight_decay), lr=args.learning_rate)
+    Trainer(resumed, args, train_dataset=data, optimizers=(optimizer, None)).train(resume_from_checkpoint=True)
+    assert all(map(torch.equal, model.parameters(), resumed.parameters()))
 
 
 WAYS = {

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 
-from ..layers import Cache, param_groups
+from ..layers import Cache, SequenceMixer, param_groups
 from .config import LMConfig, MixerConfig
 from .lm import HybridLM
 from .mixers import MIXERS, build_mixer
@@ -24,7 +25,7 @@ class Swap(NamedTuple):
         pattern: of the model now.
         removed, added: parameter names.
         parameters: of the model now; `difference` is how many more than before.
-        cache: the given caches with that layer's emptied, or None.
+        cache: the given caches, as they were given, with that layer's emptied; or None.
     """
 
     layer: int
@@ -35,7 +36,7 @@ class Swap(NamedTuple):
     added: tuple[str, ...]
     parameters: int
     difference: int
-    cache: tuple[Cache, ...] | None
+    cache: Any
 
     def __str__(self) -> str:
         return (
@@ -51,7 +52,7 @@ def swap_layer(
     letter: str,
     *,
     optimizer: torch.optim.Optimizer | None = None,
-    cache: tuple[Cache, ...] | None = None,
+    cache: Any = None,
     impl: str | None = None,
     sizes: MixerConfig | None = None,
 ) -> Swap:
@@ -69,15 +70,17 @@ def swap_layer(
             of the right kind (with or without weight decay); everything else in it stays. In a group whose parameters
             stand in the model's order the new ones take their places in it, so that `optimizer.state_dict()` fits an
             optimizer made afresh for the swapped model.
-        cache: decode caches of the model; come back in the result with this layer's emptied.
+        cache: decode caches of the model, a tuple with one a layer or a `models.hf.HybridCache`; come back in the
+            result with this layer's emptied. The given ones stay as they are.
         impl: of the M²RNN recurrence; default the model's.
         sizes: of the new layer, such as ``M2RNNConfig(num_heads=132)``.
 
     Raises:
-        TypeError: `index` is no integer, or `sizes` are of another kind of layer.
+        TypeError: `index` is no integer, `sizes` are of another kind of layer, or `cache` holds no caches.
         IndexError: there is no such layer.
         ValueError: no mixer has that letter; its sizes are not known, or not those of the model's other layers of that
-            kind; or a group of the optimizer for the new parameters is missing.
+            kind; `cache` is not of as many layers; or a group of the optimizer for the new parameters is missing.
+            The model and the optimizer then are as before.
     """
     config = model.config
     if isinstance(index, bool) or not isinstance(index, SupportsIndex):
@@ -95,6 +98,7 @@ def swap_layer(
         new_config = dataclasses.replace(new_config, **chosen)
     new = build_mixer(letter, new_config, impl=impl or model.impl, device=weight.device, dtype=weight.dtype)
     new.train(old.training).requires_grad_(weight.requires_grad)
+    cache = _emptied(cache, index, config.num_layers, new)
     prefix = f"transformer.h.{index}.sequence_mixer."
     removed, added = dict(old.named_parameters()), dict(new.named_parameters())
     order = {id(p): i for i, p in enumerate(model.parameters())}
@@ -108,9 +112,6 @@ def swap_layer(
         for group in (g for g, was in zip(optimizer.param_groups, ordered, strict=True) if was):
             _sort(group, order)
     model.config = new_config
-    if cache is not None:
-        rows = next(x for x in torch.utils._pytree.tree_leaves(cache)).shape[0]
-        cache = (*cache[:index], new.init_cache(rows), *cache[index + 1 :])
     return Swap(
         layer=index,
         old=config.pattern[index],
@@ -122,6 +123,32 @@ def swap_layer(
         difference=model.num_parameters() - before,
         cache=cache,
     )
+
+
+def _emptied(cache: Any, index: int, num_layers: int, new: SequenceMixer) -> Any:
+    """`cache` with an empty one of `new` for layer `index`."""
+    if cache is None or (hasattr(cache, "layers") and cache.layers is None):  # before the first tokens
+        return cache
+    layers: tuple[Cache, ...] = getattr(cache, "layers", cache)
+    if not isinstance(layers, tuple | list):
+        raise TypeError(
+            "swap_layer: `cache` must be a tuple with one cache a layer, as `init_cache` gives it, or a HybridCache, "
+            f"got {type(cache).__name__}"
+        )
+    if len(layers) != num_layers:
+        raise ValueError(
+            f"swap_layer: `cache` must hold one entry for each of the {num_layers} layers, got {len(layers)}; start "
+            "from init_cache"
+        )
+    rows = [x.shape[0] for x in torch.utils._pytree.tree_leaves(layers) if isinstance(x, torch.Tensor) and x.dim()]
+    if not rows:
+        raise TypeError("swap_layer: `cache` holds no tensors; start from init_cache")
+    layers = (*layers[:index], new.init_cache(rows[0]), *layers[index + 1 :])
+    if not hasattr(cache, "layers"):
+        return layers
+    wrapped = copy.copy(cache)
+    wrapped.layers = layers
+    return wrapped
 
 
 def _sizes(config: LMConfig, others: str, letter: str, given: MixerConfig | None) -> MixerConfig:

@@ -202,6 +202,44 @@ def test_errors():
     assert model.config.pattern == "GGGGAG"
 
 
+@pytest.mark.parametrize(
+    "cache, error, message",
+    [
+        ((), ValueError, "one entry for each of the 6 layers, got 0"),
+        ((None,) * 6, TypeError, "`cache` holds no tensors"),
+        (torch.zeros(2), TypeError, "tuple with one cache a layer.*or a HybridCache, got Tensor"),
+    ],
+)
+def test_a_cache_that_does_not_fit_leaves_the_model_and_the_optimizer(cache, error, message):
+    model, optimizer = trained()
+    before = list(model.parameters()), [list(g["params"]) for g in optimizer.param_groups]
+    with pytest.raises(error, match=message):
+        swap_layer(model, 0, "M", optimizer=optimizer, cache=cache)
+    assert model.config.pattern == "GGGGAG"
+    after = list(model.parameters()), [g["params"] for g in optimizer.param_groups]
+    for old, new in zip(torch.utils._pytree.tree_leaves(before), torch.utils._pytree.tree_leaves(after), strict=True):
+        assert old is new
+
+
+def test_the_cache_of_transformers_is_taken():
+    pytest.importorskip("transformers")
+    from m2rnn_compile.models.hf import HybridCache, from_hybrid
+
+    model = from_hybrid(HybridLM(CONFIG)).eval()
+    with torch.no_grad():
+        cache = model(TOKENS).past_key_values
+        before = cache.layers
+        swapped = swap_layer(model.lm, 1, "M", cache=cache).cache
+        assert isinstance(swapped, HybridCache)
+        assert swapped.get_seq_length() == 9
+        assert cache.layers is before
+        assert not swapped.layers[1].state.any()
+        assert all(a is b for i, (a, b) in enumerate(zip(swapped.layers, before, strict=True)) if i != 1)
+        assert model(TOKENS[:, :1], past_key_values=swapped).logits.isfinite().all()
+    empty = HybridCache()
+    assert swap_layer(model.lm, 1, "G", cache=empty).cache is empty
+
+
 def test_an_optimizer_without_weight_decay():
     model = HybridLM(CONFIG)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

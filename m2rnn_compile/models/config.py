@@ -107,6 +107,9 @@ class LMConfig:
         moe: a mixture of experts instead of the SwiGLU, in every layer.
         m2rnn, attention, gated_deltanet, mamba2, vector_rnn, gru: of every layer with that letter.
         norm_eps: of all RMSNorms.
+        sized: letters of kinds that stood in the model before `swap_layer` took the last one out, if their sizes above
+            are the defaults, which else stand for nobody's choice. Says nothing about the model as it is, so configs
+            that differ in it are equal.
     """
 
     vocab_size: int
@@ -121,6 +124,7 @@ class LMConfig:
     vector_rnn: VectorRNNConfig = VectorRNNConfig()
     gru: GRUConfig = GRUConfig()
     moe: MoEConfig | None = None
+    sized: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
         needed = ("vocab_size", "hidden_size") + (("mlp_size",) if self.moe is None else ())
@@ -137,7 +141,10 @@ class LMConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts, for JSON."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        if not self.sized:  # a file that older versions read too
+            del values["sized"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LMConfig:

@@ -61,8 +61,9 @@ def swap_layer(
     All other weights stay the same tensors; the layer's norm and MLP too. Device, dtype, training mode and
     ``requires_grad`` are the old mixer's. `model.config` follows: its pattern, and the sizes of that kind of layer.
 
-    The new layer has the sizes of the model's other layers of its kind. Without any, those that the model's config was
-    given, which is all that differs from the defaults; else the paper's for a model as wide as this one.
+    The new layer has the sizes of the model's layers of its kind, the one it replaces among them. Without any, those
+    that the model's config was given, which is all that differs from the defaults or stood in the model before; else
+    the paper's for a model as wide as this one.
 
     Args:
         letter: see `models.MIXERS`.
@@ -93,9 +94,8 @@ def swap_layer(
     pattern = config.pattern[:index] + letter + config.pattern[index + 1 :]
     new_config = dataclasses.replace(config, pattern=pattern)
     if letter in MIXERS:  # `build_mixer` says so where it is none
-        others = config.pattern[:index] + config.pattern[index + 1 :]
-        chosen: Any = {MIXERS[letter].field: _sizes(config, others, letter, sizes)}
-        new_config = dataclasses.replace(new_config, **chosen)
+        chosen: Any = {MIXERS[letter].field: _sizes(config, index, letter, sizes)}
+        new_config = dataclasses.replace(new_config, **chosen, sized=_sized(config, pattern))
     new = build_mixer(letter, new_config, impl=impl or model.impl, device=weight.device, dtype=weight.dtype)
     new.train(old.training).requires_grad_(weight.requires_grad)
     cache = _emptied(cache, index, config.num_layers, new)
@@ -151,8 +151,21 @@ def _emptied(cache: Any, index: int, num_layers: int, new: SequenceMixer) -> Any
     return wrapped
 
 
-def _sizes(config: LMConfig, others: str, letter: str, given: MixerConfig | None) -> MixerConfig:
-    """The sizes of a new layer beside layers `others`; a config holds the 410M's for kinds that nobody sized."""
+def _sized(config: LMConfig, pattern: str) -> str:
+    """`LMConfig.sized` of the model once its pattern is `pattern`: the sizes of a kind that leaves are still known."""
+    known = {
+        letter: MIXERS[letter].field for letter in sorted({*config.pattern, *config.sized}) if letter not in pattern
+    }
+    return "".join(
+        letter
+        for letter, field in known.items()
+        if (told := getattr(config, field)) == type(told)() and told != paper_sizes(field, config.hidden_size)
+    )
+
+
+def _sizes(config: LMConfig, index: int, letter: str, given: MixerConfig | None) -> MixerConfig:
+    """The sizes of a new layer `index`; a config holds the 410M's for kinds that nobody sized."""
+    others = config.pattern[:index] + config.pattern[index + 1 :]
     field = MIXERS[letter].field
     told: MixerConfig = getattr(config, field)
     kind = type(told)
@@ -167,7 +180,7 @@ def _sizes(config: LMConfig, others: str, letter: str, given: MixerConfig | None
                 "leave them out"
             )
         return given
-    if letter in others or told != kind():
+    if letter in config.pattern + config.sized or told != kind():
         return told
     known = paper_sizes(field, config.hidden_size)
     if known is None:

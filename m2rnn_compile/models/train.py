@@ -186,7 +186,7 @@ class Trainer:
         """
         saved = checkpoint.load(self.checkpoints)
         for title, got, expected in (
-            ("model config", saved.state.get("model"), self.model_config.to_dict()),
+            ("model config", _of_model(saved.state.get("model")), _of_model(self.model_config.to_dict())),
             ("training config", saved.state.get("train"), _as_json(self.config)),
             ("data", saved.state.get("data"), self.data.fingerprint),
         ):
@@ -373,6 +373,11 @@ def _make_deterministic() -> None:
 
 def _as_json(config: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _of_model(config: Any) -> Any:
+    """A config's dict without what says nothing about the model (see `LMConfig.sized`)."""
+    return {k: v for k, v in config.items() if k != "sized"} if isinstance(config, dict) else config
 
 
 def _difference(got: Any, expected: Any) -> str:

@@ -2,6 +2,7 @@
 """Swapping one layer: what changes is named, everything else is the same tensor."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -183,6 +184,33 @@ def test_sizes_that_are_not_known_are_asked_for():
     assert model.mixers[0].state_weight.shape == (3, 8, 8)
     swap_layer(model, 1, "M")  # as the first
     assert model.mixers[1].state_weight.shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("hidden_size", [48, 1536])
+def test_the_only_layer_of_its_kind_is_made_again_with_its_own_sizes(hidden_size):
+    """Also where they are the defaults, which are the 410M's."""
+    config = LMConfig(vocab_size=256, hidden_size=hidden_size, mlp_size=64, pattern="GM", gated_deltanet=SMALL)
+    model = HybridLM(config, device="meta")
+    swap_layer(model, 1, "M")
+    assert model.config == config
+    assert model.mixers[1].state_weight.shape == (84, 16, 16)
+    swap_layer(model, 1, "M", sizes=M2RNNConfig(num_heads=3))  # it has no others that must be alike
+    assert model.mixers[1].state_weight.shape == (3, 16, 16)
+
+
+def test_a_kind_that_went_out_comes_back_as_large():
+    config = LMConfig(vocab_size=256, hidden_size=1536, mlp_size=64, pattern="GA", gated_deltanet=SMALL)
+    model = HybridLM(config, device="meta")
+    shapes = {n: p.shape for n, p in model.named_parameters()}
+    swap_layer(model, 1, "G")
+    kept = LMConfig.from_dict(json.loads(json.dumps(model.config.to_dict())))
+    assert kept == model.config == dataclasses.replace(config, pattern="GG")
+    for again in (model, HybridLM(kept, device="meta")):  # the second from a file
+        swap_layer(again, 1, "G")
+        swap_layer(again, 1, "A")
+        assert again.config.attention.num_heads == 16  # the paper has 24 of this width
+        assert {n: p.shape for n, p in again.named_parameters()} == shapes
+        assert again.config.to_dict() == config.to_dict()
 
 
 def test_errors():

@@ -11,7 +11,7 @@ import torch
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from m2rnn_compile.models import LMConfig, checkpoint, lm, swap_layer
+from m2rnn_compile.models import AttentionConfig, LMConfig, checkpoint, lm, swap_layer
 from m2rnn_compile.models.checkpoint import CheckpointError
 from m2rnn_compile.models.data import load_folder
 from m2rnn_compile.models.display import duration, sparkline
@@ -96,6 +96,15 @@ def test_a_run_with_a_swapped_layer_resumes_bit_by_bit(tmp_path, data, compile, 
     assert identical(weights(second), weights(whole))
     with pytest.raises(CheckpointError, match=r"another model config \(pattern: saved 'AAM', now 'MAM'\)"):
         Trainer(CONFIG, train, data, tmp_path / "parts").resume()
+
+
+def test_sizes_remembered_of_a_kind_that_went_out_are_no_other_model(tmp_path, data):
+    config = dataclasses.replace(CONFIG, attention=AttentionConfig())
+    trainer = Trainer(config, TRAIN, data, tmp_path)
+    swap_layer(trainer.model, 1, "M", optimizer=trainer.optimizer)
+    assert trainer.model_config.sized == "A"
+    trainer.save()
+    Trainer(dataclasses.replace(config, pattern="MMM"), TRAIN, data, tmp_path).resume()
 
 
 def _atomics_in(fn, *args):

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 
-from ..layers import Cache, SequenceMixer, param_groups
+from ..layers import Cache, SequenceMixer
 from .config import LMConfig, MixerConfig
 from .lm import HybridLM
 from .mixers import MIXERS, build_mixer
 from .presets import paper_sizes
+from .swap_groups import Exchange
 
 
 class Swap(NamedTuple):
@@ -51,7 +53,7 @@ def swap_layer(
     index: int,
     letter: str,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     cache: Any = None,
     impl: str | None = None,
     sizes: MixerConfig | None = None,
@@ -67,10 +69,11 @@ def swap_layer(
 
     Args:
         letter: see `models.MIXERS`.
-        optimizer: drop the old mixer's parameters and their state from it and add the new ones, each to the first group
-            of the right kind (with or without weight decay); everything else in it stays. In a group whose parameters
-            stand in the model's order the new ones take their places in it, so that `optimizer.state_dict()` fits an
-            optimizer made afresh for the swapped model.
+        optimizer: drop the old mixer's parameters and their state from it and add the new ones; everything else in it
+            stays. Of the groups of the right kind (with or without weight decay) a parameter joins the one that held
+            the old mixer's, else the rest of that layer's, else the first. In a group whose parameters stand in the
+            model's order the new ones take their places in it, so that `optimizer.state_dict()` fits an optimizer made
+            afresh for the swapped model. Where the model has several optimizers, give all of them.
         cache: decode caches of the model, a tuple with one a layer or a `models.hf.HybridCache`; come back in the
             result with this layer's emptied. The given ones stay as they are.
         impl: of the M²RNN recurrence; default the model's.
@@ -80,8 +83,8 @@ def swap_layer(
         TypeError: `index` is no integer, `sizes` are of another kind of layer, or `cache` holds no caches.
         IndexError: there is no such layer.
         ValueError: no mixer has that letter; its sizes are not known, or not those of the model's other layers of that
-            kind; `cache` is not of as many layers; or a group of the optimizer for the new parameters is missing.
-            The model and the optimizer then are as before.
+            kind; `cache` is not of as many layers; or a group of the optimizer for the new parameters is missing, or
+            several could be it. The model and the optimizer then are as before.
     """
     config = model.config
     if isinstance(index, bool) or not isinstance(index, SupportsIndex):
@@ -99,30 +102,28 @@ def swap_layer(
     new = build_mixer(letter, new_config, impl=impl or model.impl, device=weight.device, dtype=weight.dtype)
     new.train(old.training).requires_grad_(weight.requires_grad)
     cache = _emptied(cache, index, config.num_layers, new)
-    prefix = f"transformer.h.{index}.sequence_mixer."
-    removed, added = dict(old.named_parameters()), dict(new.named_parameters())
-    order = {id(p): i for i, p in enumerate(model.parameters())}
-    ordered = [] if optimizer is None else [_ascends(g["params"], order) for g in optimizer.param_groups]
-    if optimizer is not None:
-        _swap_parameters(optimizer, old, new, prefix)
-    before = model.num_parameters()
+    exchange = Exchange(model, block, old, new, optimizer)
+    before, removed = model.num_parameters(), _names(model, old)
     block.sequence_mixer = new
-    if optimizer is not None:
-        order = {id(p): i for i, p in enumerate(model.parameters())}
-        for group in (g for g, was in zip(optimizer.param_groups, ordered, strict=True) if was):
-            _sort(group, order)
+    exchange.carry_out()
     model.config = new_config
     return Swap(
         layer=index,
         old=config.pattern[index],
         new=letter,
         pattern=pattern,
-        removed=tuple(prefix + name for name in removed),
-        added=tuple(prefix + name for name in added),
+        removed=removed,
+        added=_names(model, new),
         parameters=model.num_parameters(),
         difference=model.num_parameters() - before,
         cache=cache,
     )
+
+
+def _names(model: torch.nn.Module, mixer: torch.nn.Module) -> tuple[str, ...]:
+    """What the model calls the mixer's parameters: a block under torch.compile has a part of its own in them."""
+    own = {id(p) for p in mixer.parameters()}
+    return tuple(name for name, p in model.named_parameters() if id(p) in own)
 
 
 def _emptied(cache: Any, index: int, num_layers: int, new: SequenceMixer) -> Any:
@@ -189,45 +190,3 @@ def _sizes(config: LMConfig, index: int, letter: str, given: MixerConfig | None)
             f"has none of hidden size {config.hidden_size}; give them, for example sizes={kind.__name__}(num_heads=...)"
         )
     return known
-
-
-def _swap_parameters(optimizer: torch.optim.Optimizer, old: torch.nn.Module, new: torch.nn.Module, prefix: str) -> None:
-    """Parameters of `new` for those of `old`, in groups with the same say about weight decay."""
-    targets = []
-    for made in param_groups(new, weight_decay=1.0):
-        decayed = made["weight_decay"] > 0
-        fitting = [g for g in optimizer.param_groups if (g["weight_decay"] > 0) == decayed]
-        if all(g["weight_decay"] == 0 for g in optimizer.param_groups):
-            fitting = optimizer.param_groups  # no weight decay at all
-        if not fitting:
-            raise ValueError(
-                f"swap_layer: the optimizer has no group {'with' if decayed else 'without'} weight decay for "
-                f"{made['param_names'][0]!r}; make its groups with layers.param_groups"
-            )
-        targets.append((fitting[0], made))
-    gone = {id(p) for p in old.parameters()}
-    for group in optimizer.param_groups:
-        names = group.get("param_names")
-        if names is not None:
-            group["param_names"] = [n for n, p in zip(names, group["params"], strict=True) if id(p) not in gone]
-        group["params"] = [p for p in group["params"] if id(p) not in gone]
-    for p in list(old.parameters()):
-        optimizer.state.pop(p, None)
-    for group, made in targets:
-        group["params"].extend(made["params"])
-        if "param_names" in group:
-            group["param_names"].extend(prefix + name for name in made["param_names"])
-
-
-def _ascends(params: list[torch.Tensor], order: dict[int, int]) -> bool:
-    """Whether all are of the model and stand in its order."""
-    places = [order.get(id(p), -1) for p in params]
-    return -1 not in places and places == sorted(places)
-
-
-def _sort(group: dict[str, Any], order: dict[int, int]) -> None:
-    places = [order[id(p)] for p in group["params"]]
-    by_place = sorted(range(len(places)), key=places.__getitem__)
-    for key in ("params", "param_names"):
-        if key in group:
-            group[key] = [group[key][i] for i in by_place]

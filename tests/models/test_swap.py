@@ -101,6 +101,118 @@ def test_the_optimizers_state_fits_one_made_afresh(grouped):
     assert names == [g.get("param_names") for g in make(other).param_groups]
 
 
+def layerwise(model, weight_decay=0.1, grouping=param_groups):
+    """As many groups as layers have, and a learning rate for each layer; the embedding's group is the first."""
+    groups = [dict(params=[model.transformer.wte.weight], lr=1e-2, weight_decay=weight_decay)]
+    for i, block in enumerate(model.transformer.h):
+        own = [{k: v for k, v in g.items() if k != "param_names"} for g in grouping(block, weight_decay)]
+        groups += [g | {"lr": 10.0 ** -(i + 3)} for g in own]
+    return torch.optim.AdamW([*groups, dict(params=[model.transformer.ln_f.weight], lr=1e-2, weight_decay=0.0)])
+
+
+def by_dimensions(module, weight_decay):
+    """Matrices, other tensors, vectors: the decayed ones are in two groups."""
+    parts = [[p for p in module.parameters() if min(p.dim(), 4) in dims] for dims in ((2,), (3, 4), (0, 1))]
+    return [dict(params=p, weight_decay=weight_decay if p[0].dim() > 1 else 0.0) for p in parts]
+
+
+@pytest.mark.parametrize("layer", [1, 4], ids=["G", "A"])
+@pytest.mark.parametrize("weight_decay", [0.1, 0.0])
+def test_layer_wise_groups_keep_their_layers(layer, weight_decay):
+    """Attention has no parameters without decay: those of the new layer join its block's norms."""
+    model = HybridLM(CONFIG)
+    optimizer = layerwise(model, weight_decay)
+    assert len(optimizer.param_groups) == 14
+    swap_layer(model, layer, "M", optimizer=optimizer)
+    other = HybridLM(model.config)
+    fresh = layerwise(other, weight_decay)
+    names = [{id(p): n for n, p in m.named_parameters()} for m in (model, other)]
+    got, expected = (
+        [([n[id(p)] for p in g["params"]], g["lr"], g["weight_decay"]) for g in o.param_groups]
+        for n, o in zip(names, (optimizer, fresh), strict=True)
+    )
+    assert got == expected
+    model.loss(TOKENS, TOKENS).backward()
+    optimizer.step()
+    fresh.load_state_dict(optimizer.state_dict())
+
+
+def test_three_groups_a_layer_keep_their_kinds_of_tensors():
+    model = HybridLM(dataclasses.replace(CONFIG, pattern="GGG"))
+    optimizer = layerwise(model, 0.1, by_dimensions)
+    swap_layer(model, 1, "M", optimizer=optimizer)
+    mixer = model.mixers[1]
+    place = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
+    assert place[id(mixer.state_weight)] == place[id(mixer.conv1d.weight)] == 5
+    assert place[id(mixer.output_projection.weight)] == 4
+    assert place[id(mixer.decay_gate.A_log)] == place[id(mixer.g_norm.weight)] == 6
+
+
+def test_groups_that_could_all_be_meant_are_refused():
+    model = HybridLM(CONFIG)
+    optimizer = torch.optim.AdamW([dict(params=[p]) for p in model.parameters()], lr=1e-3, weight_decay=0.0)
+    before = list(model.parameters())
+    with pytest.raises(ValueError, match=r"groups 2, 3, 8 of the optimizer hold parameters like 'input_projection.w"):
+        swap_layer(model, 0, "M", optimizer=optimizer)
+    assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
+    assert [g["params"][0] for g in optimizer.param_groups] == before
+    swap_layer(model, 0, "G", optimizer=optimizer)  # each of the new ones has an old one of its name
+    assert all(g["params"][0] is p for g, p in zip(optimizer.param_groups, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Rprop, torch.optim.RMSprop, torch.optim.Adafactor])
+def test_optimizers_that_know_no_weight_decay(kind):
+    model = HybridLM(CONFIG)
+    optimizer = kind(model.parameters())
+    swap_layer(model, 0, "M", optimizer=optimizer)
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in model.parameters()}
+    model.loss(TOKENS, TOKENS).backward()
+    optimizer.step()
+
+
+def test_an_optimizer_of_one_vector_is_refused():
+    model = HybridLM(CONFIG)
+    with pytest.raises(ValueError, match=r"LBFGS keeps one vector of all parameters.*make a new LBFGS"):
+        swap_layer(model, 0, "M", optimizer=torch.optim.LBFGS(model.parameters()))
+    assert model.config.pattern == "GGGGAG"
+
+
+@pytest.mark.parametrize("layer", [1, 4], ids=["G", "A"])
+def test_several_optimizers(layer):
+    """Muon takes matrices only."""
+    model = HybridLM(CONFIG)
+    matrix = lambda n, p: p.dim() == 2 and n.endswith(("projection.weight", "proj.weight", "c_attn.weight"))
+    split = lambda m, wanted: [p for n, p in m.named_parameters() if matrix(n, p) == wanted]
+    muon = torch.optim.Muon(split(model, True), lr=1e-3, weight_decay=0.0)
+    adamw = torch.optim.AdamW(split(model, False), lr=1e-3, weight_decay=0.0)
+    with pytest.raises(ValueError, match=r"no group that takes 'state_weight' \(3 dim.*several optimizers give al"):
+        swap_layer(model, layer, "M", optimizer=muon)
+    swap_layer(model, layer, "M", optimizer=(muon, adamw))
+    held = [p for o in (muon, adamw) for g in o.param_groups for p in g["params"]]
+    assert len(held) == len(list(model.parameters()))
+    assert {id(p) for p in held} == {id(p) for p in model.parameters()}
+    mixer, matrices = model.mixers[layer], {id(p) for p in muon.param_groups[0]["params"]}
+    assert {id(mixer.input_projection.weight), id(mixer.output_projection.weight)} <= matrices
+    assert not {id(mixer.state_weight), id(mixer.conv1d.weight), id(mixer.decay_gate.A_log), id(mixer.D)} & matrices
+    model.loss(TOKENS, TOKENS).backward()
+    muon.step()
+    adamw.step()
+
+
+def test_names_are_those_of_the_model_where_blocks_are_compiled():
+    model = HybridLM(CONFIG)
+    for i in range(model.config.num_layers):
+        model.transformer.h[i] = torch.compile(model.transformer.h[i], backend="eager")
+    optimizer = torch.optim.AdamW(param_groups(model, 0.1), lr=1e-3)
+    before = {n for n, _ in model.named_parameters()}
+    swap = swap_layer(model, 1, "M", optimizer=optimizer)
+    after = {n for n, _ in model.named_parameters()}
+    assert after - before <= set(swap.added) <= after
+    assert before - after <= set(swap.removed) <= before
+    assert all(n.startswith("transformer.h.1._orig_mod.sequence_mixer.") for n in swap.added + swap.removed)
+    assert {n for g in optimizer.param_groups for n in g["param_names"]} == after
+
+
 def test_an_order_of_ones_own_is_kept():
     """Then the new parameters come last, and the keys of torch.distributed.checkpoint are what tells them apart."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict

@@ -5,6 +5,8 @@ A checkpoint is a folder ``step-00000123`` with ``model.safetensors`` (names as 
 (``<state>.<parameter>``) and ``state.json`` (config, step, random state, a hash of the other two files, and which
 parameters the optimizer had no state of: those of a layer swapped in after the last step). It is
 built under a temporary name and renamed when complete, so an interruption leaves either the whole of it or nothing.
+Where the same step is saved again, the checkpoint before it is put aside as ``.replaced-step-…`` for that moment, and
+is read from there if the process died in it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+ASIDE = ".replaced-"  # begins the name of a checkpoint while another of its step takes its place
 CHECKPOINTS = "checkpoints"  # where a run's folder keeps them
 
 
@@ -65,8 +68,12 @@ def list_steps(root: str | Path) -> list[int]:
     """Steps with a complete checkpoint below `root`, ascending."""
     if not Path(root).is_dir():
         return []
-    names = (p.name for p in Path(root).iterdir() if p.is_dir())
-    return sorted(int(n[5:]) for n in names if n.startswith("step-") and n[5:].isdigit())
+    names = (p.name.removeprefix(ASIDE) for p in Path(root).iterdir() if p.is_dir())
+    return sorted({int(n[5:]) for n in names if n.startswith("step-") and n[5:].isdigit()})
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(ASIDE + target.name)
 
 
 def save(
@@ -87,7 +94,7 @@ def save(
         The checkpoint's folder.
 
     Raises:
-        CheckpointError: the folder cannot be written (the older checkpoints are untouched).
+        CheckpointError: the folder cannot be written (the older checkpoints are untouched, one of this step too).
     """
     st = _safetensors()
     target = step_folder(root, step)
@@ -108,18 +115,23 @@ def save(
         for name in (MODEL, OPTIMIZER, STATE):
             _fsync(partial / name)
         if target.exists():  # the same step again, perhaps with a layer swapped since
-            shutil.rmtree(target)
+            shutil.rmtree(_aside(target), ignore_errors=True)
+            os.replace(target, _aside(target))
         os.replace(partial, target)
         _fsync(Path(root))
     except BaseException as error:  # a second Ctrl-C too leaves nothing half written behind
         shutil.rmtree(partial, ignore_errors=True)
+        if _aside(target).exists() and not target.exists():
+            os.replace(_aside(target), target)
         if not isinstance(error, (OSError, st.SafetensorError)):
             raise
         raise CheckpointError(
             f"cannot write checkpoint {str(target)!r}: {_fault(error)}; free space or choose another folder"
         ) from error
+    shutil.rmtree(_aside(target), ignore_errors=True)
     for old in list_steps(root)[:-keep]:
-        shutil.rmtree(step_folder(root, old), ignore_errors=True)
+        for folder in (step_folder(root, old), _aside(step_folder(root, old))):
+            shutil.rmtree(folder, ignore_errors=True)
     return target
 
 
@@ -143,6 +155,8 @@ def load(path: str | Path) -> Checkpoint:
                 f"no checkpoint in {str(folder)!r}: expected a folder step-… holding {STATE}; check the path"
             )
         folder = step_folder(folder, steps[-1])
+    if not folder.exists():
+        folder = _aside(folder)
     out = _way_out(folder)
     try:
         record = json.loads((folder / STATE).read_text())

@@ -4,7 +4,9 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -315,8 +317,6 @@ def test_damaged_state(run, content, message):
 
 
 def test_falls_back_when_told_to(run):
-    import shutil
-
     shutil.rmtree(newest(run))
     run.resume()
     assert run.step == 4
@@ -335,6 +335,38 @@ def test_a_second_interruption_while_saving_leaves_nothing_half_written(run, mon
     run.step = 7
     with pytest.raises(KeyboardInterrupt):
         run.save()
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step-00000004", "step-00000006"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(5, "Input/output error")], ids=["Ctrl-C", "disk"])
+@pytest.mark.parametrize("at", ["old", "new"])
+def test_saving_a_step_again_never_loses_its_checkpoint(run, monkeypatch, error, at):
+    shutil.rmtree(run.checkpoints / "step-00000004")
+    rename = os.replace
+
+    def fails(source, target):
+        if Path(source).name.startswith(".partial-" if at == "new" else "step-"):
+            raise error
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    expected = CheckpointError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected):
+        run.save()
+    assert [p.name for p in run.checkpoints.iterdir()] == ["step-00000006"]
+    monkeypatch.undo()
+    run.resume()
+    run.save()
+    assert [p.name for p in run.checkpoints.iterdir()] == ["step-00000006"]
+
+
+def test_a_checkpoint_put_aside_is_read_if_the_process_died_then(run):
+    newest(run).rename(run.checkpoints / ".replaced-step-00000006")
+    assert checkpoint.list_steps(run.checkpoints) == [4, 6]
+    run.step = 0
+    run.resume()
+    assert run.step == 6
+    run.save()
     assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step-00000004", "step-00000006"]
 
 

@@ -142,6 +142,7 @@ class Trainer:
             self._boundaries = most_boundaries(data.train, self._separator, config.seq_len)
         self.step = 0
         self._saved_config: LMConfig | None = None  # in the newest checkpoint; a swap makes a new one
+        self._checked_config = self.model.config  # the model's when its parameters were last those of the optimizer
         # The shapes are the same in every step: static ones compile faster and run faster.
         loss = self.model.loss
         self._loss = torch.compile(loss, fullgraph=True, dynamic=False) if config.compile else loss
@@ -162,7 +163,9 @@ class Trainer:
 
         Raises:
             CheckpointError: it cannot be written.
+            TrainingError: see `train_step`.
         """
+        self._check_optimizer()
         state = {
             "model": self.model_config.to_dict(),
             "train": _as_json(self.config),
@@ -230,12 +233,30 @@ class Trainer:
         (loss / self.config.grad_accumulation).backward()
         return loss.detach()
 
+    def _check_optimizer(self) -> None:
+        """A layer swapped without the optimizer would stay as it was drawn, and no checkpoint could be written."""
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        own = {id(p): name for name, p in self.model.named_parameters()}
+        left_out = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in held]
+        strangers = len(held - own.keys())
+        if left_out or strangers:
+            more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+            first = f"does not hold {left_out[0]}{more}" if left_out else "holds all of the model's"
+            raise TrainingError(
+                f"the optimizer {first}, and {strangers} parameters that are not the model's; give it to the swap: "
+                'swap_layer(trainer.model, index, "M", optimizer=trainer.optimizer)'
+            )
+        self._checked_config = self.model.config
+
     def train_step(self) -> Step:
         """One optimizer step.
 
         Raises:
-            TrainingError: the loss is not finite (the weights are left as before the step).
+            TrainingError: the loss is not finite (the weights are left as before the step), or the optimizer's
+                parameters are not those of the model, in which a layer was swapped.
         """
+        if self._checked_config is not self.model.config:  # a swap makes a new one
+            self._check_optimizer()
         start = time.perf_counter()
         learning_rate = self.config.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:

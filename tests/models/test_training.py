@@ -100,6 +100,31 @@ def test_a_run_with_a_swapped_layer_resumes_bit_by_bit(tmp_path, data, compile, 
         Trainer(CONFIG, train, data, tmp_path / "parts").resume()
 
 
+def test_a_layer_swapped_without_the_optimizer_is_not_trained_past(tmp_path, data):
+    trainer = Trainer(CONFIG, TRAIN, data, tmp_path)
+    trainer.train_step()
+    before = trainer.save()
+    swap_layer(trainer.model, 0, "A")
+    for go_on in (trainer.train_step, trainer.train_step, trainer.save, trainer.run):
+        with pytest.raises(TrainingError, match=r"hold transformer.h.0.*and 1 more, and 8 p.*optimizer=trainer.opt"):
+            go_on()
+    assert trainer.step == 1
+    assert checkpoint.load(tmp_path).path == before
+
+
+def test_a_swap_in_a_frozen_model_trains_on(tmp_path, data):
+    trainer = Trainer(CONFIG, TRAIN, data, tmp_path)
+    trainer.model.requires_grad_(False)
+    trainer.model.mixers[0].requires_grad_(True)
+    swap_layer(trainer.model, 0, "A", optimizer=trainer.optimizer)
+    old = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train_step()
+    trainer.save()
+    own = {id(p) for p in trainer.model.mixers[0].parameters()}
+    for p, before in zip(trainer.model.parameters(), old, strict=True):
+        assert torch.equal(p, before) == (id(p) not in own)
+
+
 def test_sizes_remembered_of_a_kind_that_went_out_are_no_other_model(tmp_path, data):
     config = dataclasses.replace(CONFIG, attention=AttentionConfig())
     trainer = Trainer(config, TRAIN, data, tmp_path)

@@ -354,8 +354,11 @@ def bits_per_byte(
         ``(bits per byte, bytes counted)``.
 
     Raises:
-        ValueError: fewer than two bytes.
+        ValueError: fewer than two bytes, or no length or batch of at least 1.
     """
+    for name, size in (("seq_len", seq_len), ("batch_size", batch_size)):
+        if size < 1:
+            raise ValueError(f"bits_per_byte: `{name}` must be at least 1, got {size}")
     if len(data) < 2:
         raise ValueError(f"bits_per_byte: needs at least two bytes, got {len(data)}")
     stride = max(1, seq_len // 2)

@@ -234,6 +234,13 @@ def test_bits_per_byte_counts_every_byte_once_with_context():
     assert abs(got - nats / 36 / 0.6931471805599453) < 1e-9
 
 
+@pytest.mark.parametrize("sizes", [dict(seq_len=0), dict(seq_len=-3), dict(seq_len=8, batch_size=0)])
+def test_bits_per_byte_of_no_window_or_batch_are_refused(sizes):
+    name, got = list(sizes.items())[-1]
+    with pytest.raises(ValueError, match=f"bits_per_byte: `{name}` must be at least 1, got {got}"):
+        bits_per_byte(make_model(), torch.randint(1, 256, (37,), dtype=torch.uint8), **sizes)
+
+
 class LargestTensor(TorchDispatchMode):
     """How many elements the largest result of any operation has."""
 

@@ -115,10 +115,21 @@ def _new(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _absolute(paths: Any) -> Any:
-    """One path, several or none, as run.json has them."""
+    """One path, several or none, as run.json has them. Links stay: their names are the documents'."""
     if isinstance(paths, list):
         return [_absolute(p) for p in paths]
-    return None if paths is None else str(Path(paths).resolve())
+    return None if paths is None else str(Path(paths).absolute())
+
+
+def _check_names(old: list[str], new: list[str]) -> None:
+    """Refuse data elsewhere whose documents have other names for certain; the content is compared later."""
+    names = [[Path(os.path.abspath(p)).name for p in paths] for paths in (old, new)]
+    if names[0] != names[1]:
+        was, now = (", ".join(map(repr, n)) for n in names)
+        raise UserError(
+            f"--data: the last part of each path belongs to the documents' names; it was {was}, and is {now} now. "
+            "Rename it back, or give a link of that name (ln -s), in the same order"
+        )
 
 
 def _resumed(args: argparse.Namespace, out: Path) -> dict[str, Any]:
@@ -136,6 +147,8 @@ def _resumed(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     for name in FIXED:
         given = getattr(args, name)
         if name in MOVABLE and given is not None and options[name] is not None:
+            if name == "data":
+                _check_names(options[name], given)
             options[name] = _absolute(given)
             continue
         if given is not None and given is not False and given != options[name]:  # seed 0 is given, and equals False

@@ -188,15 +188,22 @@ class Trainer:
             CheckpointError: none there, damaged, or written with another config or other data.
         """
         saved = checkpoint.load(self.checkpoints)
-        for title, got, expected in (
-            ("model config", _of_model(saved.state.get("model")), _of_model(self.model_config.to_dict())),
-            ("training config", saved.state.get("train"), _as_json(self.config)),
-            ("data", saved.state.get("data"), self.data.fingerprint),
+        options = "resume with the options it was started with"
+        names = "the last part of a path and what lies below it" if isinstance(self.data, Corpus) else "relative paths"
+        for title, got, expected, way_out in (
+            ("model config", _of_model(saved.state.get("model")), _of_model(self.model_config.to_dict()), options),
+            ("training config", saved.state.get("train"), _as_json(self.config), options),
+            (
+                "data",
+                saved.state.get("data"),
+                self.data.fingerprint,
+                f"a document's name ({names}), its content and the order must be as they were",
+            ),
         ):
             if got != expected:
                 raise checkpoint.CheckpointError(
                     f"checkpoint {str(saved.path)!r} was written with another {title} ({_difference(got, expected)}); "
-                    "resume with the options it was started with, or start afresh in another folder"
+                    f"{way_out}, or start afresh in another folder"
                 )
         checkpoint.restore_model(saved, self.model)
         checkpoint.restore_optimizer(saved, self.model, self.optimizer)

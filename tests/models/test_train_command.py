@@ -180,11 +180,39 @@ def test_a_run_resumes_with_its_data_elsewhere(tmp_path, capfd):
     err = capfd.readouterr().err
     assert "was written with another data (the files, their names or tokenizer differ)" in err
     assert (run / "run.json").read_text() == before
+    assert "the last part of a path and what lies below it), its content and the order must be as they were, or" in err
     assert main([*resume, "--data", str(tmp_path / "new/texts")]) == 0
     assert json.loads((run / "run.json").read_text())["data"] == [str(tmp_path / "new/texts")]
     assert main(resume) == 0
     assert main([*resume, "--tokenizer", "tokenizer.json"]) == 2  # it was bytes
     assert "--tokenizer tokenizer.json cannot be combined" in capfd.readouterr().err
+
+
+def test_a_run_resumes_with_its_folder_renamed_by_a_link_of_the_old_name(tmp_path, capfd):
+    assert main(options(tmp_path, "--steps", "1")) == 0
+    run = tmp_path / "run"
+    before = (run / "run.json").read_text()
+    (tmp_path / "texts").rename(tmp_path / "corpus")
+    capfd.readouterr()
+    resume = ["train", "--resume", "--out", str(run), "--data"]
+    assert main([*resume, str(tmp_path / "corpus")]) == 2
+    err = capfd.readouterr().err
+    assert "the last part of each path belongs to the documents' names; it was 'texts', and is 'corpus' now." in err
+    assert "give a link of that name" in err
+    assert (run / "run.json").read_text() == before
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/texts").symlink_to(tmp_path / "corpus")
+    assert main([*resume, str(tmp_path / "links/texts")]) == 0
+    assert json.loads((run / "run.json").read_text())["data"] == [str(tmp_path / "links/texts")]
+    assert main(["train", "--resume", "--out", str(run)]) == 0
+
+
+def test_a_run_started_through_a_link_is_called_by_it(tmp_path, capfd):
+    write_texts(tmp_path / "texts")
+    (tmp_path / "link").symlink_to(tmp_path / "texts")
+    assert main(options(tmp_path, "--steps", "1", "--data", str(tmp_path / "link"))) == 0
+    assert json.loads((tmp_path / "run/run.json").read_text())["data"] == [str(tmp_path / "link")]
+    assert main(["train", "--resume", "--out", str(tmp_path / "run"), "--data", str(tmp_path / "link")]) == 0
 
 
 def test_a_run_with_a_tokenizer_generates_text(tmp_path, capfd):

@@ -130,7 +130,10 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     generate.add_argument(
-        "checkpoint", type=_path, metavar="RUN", help="folder of a run, or one of its checkpoints/step-... folders"
+        "checkpoint", type=_path, metavar="RUN", help="folder of a run or of its model, or one of checkpoints/step-..."
+    )
+    generate.add_argument(
+        "--tokenizer", type=_path, metavar="FILE", help="of the model (default: the one beside it, else the run's)"
     )
     generate.add_argument("--prompt", default="", help="text to continue (default: start a new document)")
     generate.add_argument("--max-new-tokens", type=_positive_int, default=400, help="bytes to generate (default: 400)")

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import codecs
 import gzip
 import json
 import lzma
@@ -26,16 +25,15 @@ from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from .cli import UserError, need_compiler
 from .models import AttentionConfig, HybridLM, LMConfig, M2RNNConfig, stream, weights
 from .models.checkpoint import CHECKPOINTS, CheckpointError, list_steps, load, restore_model
-from .models.corpus import load_tokenizer
 from .models.data import SEPARATOR, ByteData, DataError, load_folder
 from .models.display import TrainingView, duration
 from .models.train import TrainConfig, Trainer, bits_per_byte, stop_on_signals
 from .models.weights import CONFIG
+from .text import RUN, ByteText, TokenText, to_tokens, tokenizer_of
 
 MODEL = LMConfig(
     vocab_size=256,
@@ -48,7 +46,7 @@ MODEL = LMConfig(
 STEPS = 1100
 HELD_OUT_BYTES = 250_000
 RUNS = Path("runs")
-EXPORTED, EXPECTED, RUN = "model.pt2", "expected.safetensors", "run.json"
+EXPORTED, EXPECTED = "model.pt2", "expected.safetensors"
 PROMPT = "class Reader:\n    def __init__(self, path, encoding=None):\n"
 
 
@@ -262,7 +260,7 @@ def _print_scores(console: Console, trainer: Trainer) -> None:
 
 
 def _print_continuation(console: Console, trainer: Trainer, new_bytes: int = 300) -> None:
-    prompt = _to_tokens(PROMPT)
+    prompt = to_tokens(PROMPT)
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(trainer.config.seed)
     new = [
@@ -351,9 +349,13 @@ def run_generate(args: argparse.Namespace, console: Console) -> int:
     """Stream a continuation of a prompt to stdout."""
     torch.set_num_threads(args.threads)
     model = load_model(args.checkpoint)
-    text: ByteText | TokenText = (
-        ByteText() if (found := _tokenizer_of(Path(args.checkpoint))) is None else TokenText(*found)
-    )
+    found = tokenizer_of(args.checkpoint, args.tokenizer)
+    text: ByteText | TokenText = ByteText() if found is None else TokenText(*found)
+    if found is not None and text.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer {found[0]!r} has {text.vocab_size:,} tokens, and the model an embedding of "
+            f"{model.config.vocab_size:,}; give the one that it was trained with as --tokenizer"
+        )
     generator = torch.Generator().manual_seed(args.seed)
     sys.stdout.write(text.shown(args.prompt))
     for token in stream(
@@ -374,69 +376,6 @@ def run_generate(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-class ByteText:
-    """Bytes as tokens; a letter cut in two is held back until it is whole."""
-
-    separator = SEPARATOR
-
-    def __init__(self) -> None:
-        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
-
-    def encode(self, prompt: str) -> Tensor:
-        return _to_tokens(prompt)
-
-    def shown(self, prompt: str) -> str:
-        return self._decode(prompt.encode(errors="surrogateescape"))
-
-    def decode(self, token: int) -> str:
-        return self._decode(bytes([token]))
-
-    def rest(self) -> str:
-        return self._decode(b"", final=True)
-
-
-class TokenText:
-    """Tokens of a `tokenizers` file."""
-
-    def __init__(self, path: str, end_token: str | None) -> None:
-        self.tokenizer, self.separator = load_tokenizer(Path(path), end_token)
-        self._ids: list[int] = []
-        self._written = ""
-
-    def encode(self, prompt: str) -> Tensor:
-        self._ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
-        self._written = self.tokenizer.decode(self._ids)
-        return torch.tensor([[self.separator, *self._ids]])
-
-    def shown(self, prompt: str) -> str:
-        return prompt
-
-    def decode(self, token: int) -> str:
-        """What the text has more than before; nothing while a letter is incomplete."""
-        self._ids.append(token)
-        whole = self.tokenizer.decode(self._ids)
-        if whole.endswith("\ufffd"):
-            return ""
-        more, self._written = whole[len(self._written) :], whole
-        return more
-
-    def rest(self) -> str:
-        return self.tokenizer.decode(self._ids)[len(self._written) :]
-
-
-def _tokenizer_of(folder: Path) -> tuple[str, str | None] | None:
-    """The tokenizer file and end token of the run that `folder` belongs to, if it was not trained on bytes."""
-    for place in (folder, folder.parent, folder.parent.parent):
-        try:
-            options = json.loads((place / RUN).read_text())
-        except (OSError, ValueError):
-            continue
-        if isinstance(options, dict) and options.get("tokenizer") is not None:
-            return options["tokenizer"], options.get("end_token")
-        return None
-    return None
-
-
 def load_model(path: str | Path) -> HybridLM:
     """The trained model of a run or checkpoint folder, or of a folder of `weights.save_model`, in eval mode.
 
@@ -455,8 +394,3 @@ def load_model(path: str | Path) -> HybridLM:
         ) from error
     restore_model(saved, model)
     return model.eval()
-
-
-def _to_tokens(text: str) -> Tensor:
-    """A document's start and the bytes of `text`, [1, T]."""
-    return torch.tensor([[SEPARATOR, *text.encode(errors="surrogateescape")]])

@@ -27,9 +27,9 @@ from .models.presets import miniature, preset
 from .models.train import TrainConfig, Trainer, bits_per_byte, stop_on_signals
 from .models.weights import save_model
 from .models_command import short_pattern
+from .text import MODEL, RUN, keep_tokenizer
 
 RUNS = Path("runs")
-RUN, MODEL = "run.json", "model"  # in the folder of a run: where its data is, and what came out
 MINIATURE_WIDTH = 128
 # Given with --resume, these must be what the run was started with; so they are stored in its run.json.
 FIXED = ["preset", "miniature", "layers", "data", "tokenizer", "end_token", "steps", "batch_size", "seq_len"]
@@ -71,6 +71,7 @@ def run_train(args: argparse.Namespace, console: Console) -> int:
         )
         return 130
     save_model(trainer.model, out / MODEL)
+    keep_tokenizer(out / MODEL, options["tokenizer"], options["end_token"])
     _print_end(console, trainer, time.perf_counter() - started)
     return 0
 

@@ -12,10 +12,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 pytest.importorskip("safetensors")
 
 from m2rnn_compile.__main__ import main
-from m2rnn_compile.models import miniature, preset
+from m2rnn_compile.models import HybridLM, miniature, preset
 from m2rnn_compile.models.corpus import load_corpus
 from m2rnn_compile.models.train import TrainConfig, Trainer
-from m2rnn_compile.models.weights import load_model
+from m2rnn_compile.models.weights import load_model, save_model
+from m2rnn_compile.text import keep_tokenizer, tokenizer_of
 from tests.layers.equations import assert_same
 from tests.models.helpers import write_texts
 from tests.models.test_training import identical, weights
@@ -215,7 +216,7 @@ def test_a_run_started_through_a_link_is_called_by_it(tmp_path, capfd):
     assert main(["train", "--resume", "--out", str(tmp_path / "run"), "--data", str(tmp_path / "link")]) == 0
 
 
-def test_a_run_with_a_tokenizer_generates_text(tmp_path, capfd):
+def make_tokenizer(path, vocab_size=290):
     tokenizers = pytest.importorskip("tokenizers")
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -224,12 +225,27 @@ def test_a_run_with_a_tokenizer_generates_text(tmp_path, capfd):
     model.train_from_iterator(
         ["All work and no play makes a dull file. " * 5],
         tokenizers.trainers.BpeTrainer(
-            vocab_size=290, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
+            vocab_size=vocab_size, special_tokens=["</s>", "<end>"], initial_alphabet=alphabet, show_progress=False
         ),
     )
-    model.save(str(tmp_path / "tokenizer.json"))
-    more = ["--tokenizer", str(tmp_path / "tokenizer.json"), "--steps", "2", "--seq-len", "16"]
-    assert main(options(tmp_path, *more)) == 0
+    model.save(str(path))
+    return str(path)
+
+
+def generates(folder, capfd, *more):
+    capfd.readouterr()
+    command = ["generate", str(folder), "--prompt", "All work", "--max-new-tokens", "6", "--threads", "1", *more]
+    status = main(command)
+    out, err = capfd.readouterr()
+    assert "Traceback" not in err
+    assert status == 0, err
+    assert out.startswith("All work")
+    assert len(out) > len("All work\n")
+
+
+def test_a_run_with_a_tokenizer_generates_text(tmp_path, capfd):
+    tokenizer = make_tokenizer(tmp_path / "tokenizer.json")
+    assert main(options(tmp_path, "--tokenizer", tokenizer, "--steps", "2", "--seq-len", "16")) == 0
     assert "tokens of tokenizer.json" in capfd.readouterr().out
     elsewhere = tmp_path / "tokenizers" / "another-name.json"
     elsewhere.parent.mkdir()
@@ -238,13 +254,45 @@ def test_a_run_with_a_tokenizer_generates_text(tmp_path, capfd):
     assert main(resume) == 2
     assert "tokenizer.json' does not exist here; give the place where it is now as --token" in capfd.readouterr().err
     assert main([*resume, "--tokenizer", str(elsewhere)]) == 0
-    capfd.readouterr()
     for place in ("run", "run/model"):
-        command = ["generate", str(tmp_path / place), "--prompt", "All work", "--max-new-tokens", "6"]
-        assert main([*command, "--threads", "1"]) == 0
-        out = capfd.readouterr().out
-        assert out.startswith("All work")
-        assert len(out) > len("All work\n")
+        generates(tmp_path / place, capfd)
+
+
+def test_a_tokenizer_goes_with_its_model(tmp_path, capfd):
+    """And stays where it was lost, or replaced by another; its end token too."""
+    tokenizer = make_tokenizer(tmp_path / "tokenizer.json")
+    more = ["--tokenizer", tokenizer, "--end-token", "<end>", "--steps", "2", "--seq-len", "16"]
+    assert main(options(tmp_path, *more)) == 0
+    run = tmp_path / "run"
+    assert (run / "model/tokenizer.json").read_bytes() == Path(tokenizer).read_bytes()
+    assert tokenizer_of(run) == tokenizer_of(run / "model") == (str(run / "model/tokenizer.json"), "<end>")
+    Path(tokenizer).unlink()
+    for place in (run, run / "checkpoints/step-00000002"):
+        generates(place, capfd)
+    (run / "model").rename(tmp_path / "moved")
+    assert tokenizer_of(tmp_path / "moved") == (str(tmp_path / "moved/tokenizer.json"), "<end>")
+    generates(tmp_path / "moved", capfd)
+    assert main(["generate", str(run)]) == 2  # its own is gone, and the run's with it
+    assert "tokenizer.json' does not exist here; give the file as --tokenizer" in capfd.readouterr().err
+    generates(run, capfd, "--tokenizer", str(tmp_path / "moved/tokenizer.json"))
+    other = make_tokenizer(tmp_path / "other.json", 300)
+    model = HybridLM(dataclasses.replace(load_model(tmp_path / "moved").config, vocab_size=256))
+    save_model(model, tmp_path / "bytes")
+    assert main(["generate", str(tmp_path / "bytes"), "--tokenizer", other]) == 2
+    err = capfd.readouterr().err
+    assert "other.json' has" in err
+    assert "and the model an embedding of 256; give the one" in err
+
+
+def test_the_tokenizer_beside_a_model_is_read_by_transformers(tmp_path, capfd):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = make_tokenizer(tmp_path / "tokenizer.json")
+    keep_tokenizer(tmp_path, tokenizer, "<end>")
+    loaded = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert loaded.eos_token == "<end>"
+    assert loaded.decode(loaded("All work").input_ids) == "All work"
+    keep_tokenizer(tmp_path, None, None)  # a run on bytes in the same folder
+    assert tokenizer_of(tmp_path) is None
 
 
 @pytest.mark.parametrize(

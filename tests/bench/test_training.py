@@ -2,6 +2,10 @@
 """Presets trained side by side: the step is the library's, a fault of one model costs no other, lines are straight."""
 
 import json
+import re
+import shlex
+import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from bench.training.trainee import Trainee
 from m2rnn_compile.models import miniature, preset
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 def make(name, compiled=None):
@@ -178,3 +183,39 @@ def test_what_cannot_be_had_is_one_line(options, message, tmp_path, monkeypatch,
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(message)
     assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_commands_in_the_docs_are_taken():
+    for name in ("docs/models.md", "docs/benchmarks.md", "bench/gpu_runs/README.md"):
+        text = (ROOT / name).read_text().replace("\\\n", " ")
+        found = re.findall(r"python3? -m bench\.training((?: +[\w.,+/-]+)+)", text)
+        given = [shlex.split(arguments) for arguments in found if "--" in arguments]
+        assert given, name
+        for arguments in given:
+            command.parse(arguments)
+
+
+def test_the_table_of_steps_says_what_its_record_says():
+    text = (ROOT / "docs/models.md").read_text()
+    (link,) = re.findall(r"16 steps of each \(\[record\]\((.*?)\), 1c84e12\)", text)
+    rows = [json.loads(line) for line in (ROOT / "docs" / link).read_text().splitlines()]
+    steps = {r["model"]: r["samples_ms"] for r in rows if r["kind"] == "preset"}
+    peaks = {r["model"]: r["peak_gib"] for r in rows if r["kind"] == "warm"}
+    assert len(steps) == 5
+    for model, ms in steps.items():
+        low, _, high = statistics.quantiles(ms, n=4, method="inclusive")
+        middle = statistics.median(ms)
+        wide = lambda a, b, m=middle: f"{a:.1f} – {b:.1f} ({100 * (b - a) / m:.1f} %)"
+        cells = f"{16384e3 / middle:,.0f} | {middle:.1f} | {wide(low, high)} | {wide(min(ms), max(ms))}"
+        row = rf"^\| `{re.escape(model)}`[^|]* \| {re.escape(cells)} \| {peaks[model]:.1f} \|$"
+        assert re.search(row, text, re.MULTILINE), (model, cells)
+    for slow, fast in command.RATIOS[0][:2], command.RATIOS[1][:2]:
+        (said,) = (r for r in rows if r["kind"] == "ratio" and (r["what"], r["slow"], r["fast"]) == ("all", slow, fast))
+        fastest = min(steps[slow]) / min(steps[fast])
+        assert f"| {said['of_medians']:.3f} | {said['paired_median']:.3f} | {fastest:.3f} |" in text
+    for name, commit in (("h200", "1c84e12"), ("h100", "284a0ab")):
+        rows = (ROOT / f"bench/results/scripts/models-{name}-20261128.jsonl").read_text().splitlines()
+        deep = [r for r in map(json.loads, rows) if r["kind"] in ("depth", "line") and r["model"] == "m2rnn-7b"]
+        times = ", ".join(f"{r['step_ms']:.1f}" for r in deep if "step_ms" in r)
+        (miss,) = (r["miss"] for r in deep if r.get("what") == "step_ms")
+        assert f"| {name.upper()}, {commit} | {times} | {100 * miss:.1f} % |" in text

@@ -73,7 +73,7 @@ def test_a_gradient_of_the_state_alone() -> None:
 
 
 def test_results_share_no_memory() -> None:
-    x = make_mixer("layer", N=3, K=40, V=16, T=17)
+    x = make_mixer("layer", B=1, N=2, K=16, V=16, T=5)
     args = arguments(**{n: t.detach() for n, t in x.tensors.items()}, **x.options, impl="triton")
     _, _, *kept = torch.ops.m2rnn.fused_mixer(*args)
     _, _, forget, activation, norm, _, _, chunk, impl = args[10:]

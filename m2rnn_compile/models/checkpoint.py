@@ -272,8 +272,8 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def _stateless(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    names = {id(p): n for n, p in model.named_parameters()}
-    return [names[id(p)] for g in optimizer.param_groups for p in g["params"] if not optimizer.state.get(p)]
+    """Of all parameters: one that is not in this optimizer (a frozen layer's) may be in the one that goes on."""
+    return [n for n, p in model.named_parameters() if not optimizer.state.get(p)]
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -281,7 +281,8 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _way_out(folder: Path) -> str:
-    older = [s for s in list_steps(folder.parent) if step_folder(folder.parent, s) != folder]
+    others = {s: step_folder(folder.parent, s) for s in list_steps(folder.parent)}
+    older = [s for s, other in others.items() if folder not in (other, _aside(other))]
     if older:
         return f"delete the folder {str(folder)!r} to go on from {step_folder(folder.parent, older[-1]).name}"
     return f"delete the folder {str(folder)!r} and start again; there is no older checkpoint beside it"

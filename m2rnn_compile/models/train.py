@@ -250,8 +250,10 @@ class Trainer:
             more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
             first = f"does not hold {left_out[0]}{more}" if left_out else "holds all of the model's"
             raise TrainingError(
-                f"the optimizer {first}, and {strangers} parameters that are not the model's; give it to the swap: "
-                'swap_layer(trainer.model, index, "M", optimizer=trainer.optimizer)'
+                f"the optimizer {first}, and {strangers} parameters that are not the model's. A swap takes it along: "
+                'swap_layer(trainer.model, index, "M", optimizer=trainer.optimizer); what was frozen then, or swapped '
+                "without it, needs a new one: trainer.optimizer = torch.optim.AdamW(layers.param_groups(trainer.model, "
+                "weight_decay)), whose moments begin anew"
             )
         self._checked_config = self.model.config
 

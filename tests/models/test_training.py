@@ -13,6 +13,7 @@ import torch
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from m2rnn_compile.layers import param_groups
 from m2rnn_compile.models import AttentionConfig, LMConfig, checkpoint, lm, swap_layer
 from m2rnn_compile.models.checkpoint import CheckpointError
 from m2rnn_compile.models.data import load_folder
@@ -110,6 +111,27 @@ def test_a_layer_swapped_without_the_optimizer_is_not_trained_past(tmp_path, dat
             go_on()
     assert trainer.step == 1
     assert checkpoint.load(tmp_path).path == before
+    trainer.optimizer = torch.optim.AdamW(param_groups(trainer.model, 0.1))  # the way out that the error names
+    new = trainer.model.mixers[0].state_dict()
+    old = {n: x.clone() for n, x in new.items()}
+    trainer.train_step()
+    trainer.save()
+    assert not any(torch.equal(new[n], old[n]) for n in old)
+
+
+def test_a_run_with_a_frozen_layer_swapped_can_be_resumed(tmp_path, data):
+    """Its optimizer does not hold the new layer, that of a run that goes on does."""
+    trainer = Trainer(CONFIG, TRAIN, data, tmp_path)
+    trainer.train_step()
+    trainer.model.requires_grad_(False)
+    trainer.model.mixers[0].requires_grad_(True)
+    swap_layer(trainer.model, 1, "M", optimizer=trainer.optimizer)
+    trainer.save()
+    again = Trainer(trainer.model_config, TRAIN, data, tmp_path)
+    again.resume()
+    assert identical(weights(again), weights(trainer))
+    again.train_step()
+    again.save()
 
 
 def test_a_swap_in_a_frozen_model_trains_on(tmp_path, data):
@@ -400,6 +422,13 @@ def test_a_checkpoint_put_aside_is_read_if_the_process_died_then(run):
     assert run.step == 6
     run.save()
     assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_a_damaged_checkpoint_put_aside_is_not_its_own_way_out(run):
+    aside = newest(run).rename(run.checkpoints / ".replaced-step-00000006")
+    (aside / checkpoint.STATE).write_text("{")
+    with pytest.raises(CheckpointError, match=r"replaced-step-00000006' to go on from step-00000004"):
+        run.resume()
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_leaves_no_log(tmp_path, data):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,7 @@ def test_fused_mixer(case: str, dtype: torch.dtype) -> None:
             eager = run(x, composed_mixer, scan=low_precision_eager)
             got = run(x, mixer, impl="triton")
             runs.append(tuple(in_slices(results, truth) for results in (got, eager, truth)))
-        assert_as_near_as(*runs)
+        assert_as_near_as(*runs, alone=math.inf)
 
 
 def in_slices(results: dict[str, Tensor], truth: dict[str, Tensor]) -> list[Tensor]:
@@ -232,13 +233,18 @@ def values_and_gradients(fn: Any, layer: M2RNN, x: Tensor) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, *layer.parameters()])]
 
 
-def assert_as_near_as(*runs: tuple[list[Tensor], list[Tensor], list[Tensor]]) -> None:
+def assert_as_near_as(*runs: tuple[list[Tensor], list[Tensor], list[Tensor]], alone: float = 1000) -> None:
     """Runs of (got, eager, truth): at most twice eager's error and one eps of the dtype, as `assert_accurate` asks.
 
-    Errors are pooled over the runs: one gradient alone can be off, or eager's lucky, by chance.
+    Errors are pooled over the runs where a result has fewer numbers than `alone`: one draw of a gradient of twelve can
+    be off, or eager's lucky, by chance. Larger results are judged run by run.
     """
     pooled = lambda norms: torch.stack(norms).norm()
     for i, x in enumerate(runs[0][0]):
+        if len(runs) > 1 and x.numel() >= alone:
+            for got, eager, truth in runs:
+                assert_as_near_as(([got[i]], [eager[i]], [truth[i]]))
+            continue
         error = pooled([(got[i].double() - truth[i]).norm() for got, _, truth in runs])
         allowed = 2 * pooled([(eager[i].double() - truth[i]).norm() for _, eager, truth in runs])
         allowed += torch.finfo(x.dtype).eps * pooled([truth[i].norm() for _, _, truth in runs])

@@ -104,8 +104,8 @@ def _check_chunk(chunk: int, T: int) -> None:
         )
 
 
-def _units(*x: Tensor | None) -> tuple[int, ...]:
-    return tuple(1 if y is None else stride_unit(*strides(y, time=True)[:2]) for y in x)
+def _unit(x: Tensor | None) -> int:
+    return 1 if x is None else stride_unit(*strides(x, time=True)[:2])
 
 
 def _groups(N: int, q: Tensor, k: Tensor, v: Tensor, f: Tensor, W: Tensor) -> dict[str, int]:
@@ -184,8 +184,9 @@ def scan(
             )  # fmt: skip
         else:
             scan_forward_kernel[(S * N, blocks)](
-                *arguments, **constants, C=max(chunk, 1), **numerics, UNITS=_units(q, k, v), num_warps=config.warps
-            )
+                *arguments, **constants, C=max(chunk, 1), **numerics,
+                UNITS=(_unit(q), _unit(k), _unit(v)), num_warps=config.warps,
+            )  # fmt: skip
         if not add_partials:
             return y_part if blocks > 1 else y[None], final, checkpoints
         if blocks > 1:
@@ -312,7 +313,7 @@ def scan_backward(
             else:
                 scan_backward_kernel[(sequences * N, blocks)](
                     *inputs, scratch, *arguments, **constants, SLOTS=2 if paired else 1, **numerics,
-                    UNITS=_units(q, k, v, dy), num_warps=config.warps,
+                    UNITS=(_unit(q), _unit(k), _unit(v), _unit(dy)), num_warps=config.warps,
                 )  # fmt: skip
             sums = [Sum(p_q, dq, groups["Gq"], 1)] if dy is not None else []
             sums += [

@@ -13,10 +13,10 @@ import torch
 import triton
 from torch import Tensor
 
-from . import INTERPRETED, _multiprocessors, _on_device
+from . import INTERPRETED, _multiprocessors, _on_device, _unit
 from . import fused_inference as inference
 from . import scan as partial_scan
-from .config import next_power_of_2, stride_unit
+from .config import next_power_of_2
 from .fused_tail import tail_backward_kernel, tail_forward_kernel
 from .gluon import strides
 from .reduce import pitch
@@ -57,10 +57,6 @@ def _aligned_base(x: Tensor) -> tuple[Tensor, int]:
     if shift == 0 or shift > x.storage_offset():
         return x, 0
     return x.as_strided(x.shape, x.stride(), x.storage_offset() - shift), shift
-
-
-def _unit(x: Tensor) -> int:
-    return stride_unit(*strides(x, time=True)[:2])
 
 
 def _resident(warps: int) -> dict[str, int]:
